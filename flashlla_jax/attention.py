@@ -1,0 +1,336 @@
+"""``lla_attention``: check the arguments, bring them to one layout, choose an implementation."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Callable
+from typing import Any, Literal, get_args, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from flashlla_jax import blockwise, reference
+from flashlla_jax.interface import Options, Residuals, accumulation_dtype
+
+Implementation = Literal["triton", "xla", "reference"]
+
+Query = Float[Array, "B S D"] | Float[Array, "B T N H"]
+Key = Float[Array, "B S D"] | Float[Array, "B S K H"]
+Value = Float[Array, "B S Dv"] | Float[Array, "B S K Hv"]
+Output = Float[Array, "B S Dv"] | Float[Array, "B T N Hv"]
+Ridge = float | Float[Array, "..."]
+
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+_AXES = {3: "(B, S, D)", 4: "(B, T, N, H)"}
+
+
+@overload
+def lla_attention(
+    query: Query,
+    key: Key,
+    value: Value,
+    *,
+    ridge_lambda: Ridge = ...,
+    qk_scale: float | None = ...,
+    is_causal: bool = ...,
+    delta_eps: float = ...,
+    cg_atol: float | None = ...,
+    cg_rtol: float | None = ...,
+    cg_max_iters: int | None = ...,
+    cg_use_preconditioner: bool = ...,
+    precision: str | lax.Precision | None = ...,
+    implementation: Implementation | None = ...,
+    return_residuals: Literal[False] = ...,
+) -> Output: ...
+
+
+@overload
+def lla_attention(
+    query: Query,
+    key: Key,
+    value: Value,
+    *,
+    ridge_lambda: Ridge = ...,
+    qk_scale: float | None = ...,
+    is_causal: bool = ...,
+    delta_eps: float = ...,
+    cg_atol: float | None = ...,
+    cg_rtol: float | None = ...,
+    cg_max_iters: int | None = ...,
+    cg_use_preconditioner: bool = ...,
+    precision: str | lax.Precision | None = ...,
+    implementation: Implementation | None = ...,
+    return_residuals: Literal[True],
+) -> tuple[Output, Residuals]: ...
+
+
+def lla_attention(
+    query: Query,
+    key: Key,
+    value: Value,
+    *,
+    ridge_lambda: Ridge = 10.0,
+    qk_scale: float | None = None,
+    is_causal: bool = True,
+    delta_eps: float = 1e-12,
+    cg_atol: float | None = None,
+    cg_rtol: float | None = None,
+    cg_max_iters: int | None = None,
+    cg_use_preconditioner: bool = False,
+    precision: str | lax.Precision | None = None,
+    implementation: Implementation | None = None,
+    return_residuals: bool = False,
+) -> Output | tuple[Output, Residuals]:
+    r"""Local Linear Attention (Zuo et al., ICLR 2026, arXiv 2510.01450).
+
+    Fits, at every query, a ridge-regularised linear regression of the values on the keys, weighted by the softmax
+    attention weights :math:`p_{ij}`, and returns its prediction at the query. In the centred form (design of this
+    package, equal to the paper's equation):
+
+    .. math::
+        \bar k_i = \sum_j p_{ij} k_j, \quad
+        A_i = \sum_j p_{ij} (k_j - \bar k_i)(k_j - \bar k_i)^T + \lambda_i I, \quad
+        x_i = A_i^{-1} (\bar k_i - q_i), \quad
+        o_i = \sum_j p_{ij} (1 - (k_j - \bar k_i) \cdot x_i) v_j
+
+    ``ridge_lambda`` to infinity is softmax attention; ``qk_scale = 0`` is ridge regression with an intercept over the
+    visible keys (MesaNet's limit).
+
+    Differentiable in ``query``, ``key``, ``value`` and ``ridge_lambda``, in reverse mode. Works under ``jax.jit``,
+    ``jax.vmap``, ``jax.checkpoint`` and ``jax.lax.scan``.
+
+    Args:
+        query: ``(B, S, D)``, or ``(B, T, N, H)`` with N heads. bfloat16, float16, float32 or float64.
+        key: ``(B, S, D)``, or ``(B, S, K, H)`` with K dividing N: each key/value head serves N / K query heads.
+        value: ``(B, S, Dv)``, or ``(B, S, K, Hv)``. The last dimension may differ from the key's.
+        ridge_lambda: The ridge, > 0: a number, or an array that broadcasts to ``(B, S)`` or ``(B, T, N)`` by NumPy's
+            rules (so ``(N,)`` is one per head, ``(B, T, 1)`` one per token). It is in units of the squared key and is
+            multiplied by omega as in the PyTorch package ``flashlla``. Numbers and NumPy arrays are checked here;
+            where a traced or device array is not positive the output row is NaN.
+        qk_scale: Factor of the logits, a Python number; None for 1 / sqrt(key dimension).
+        is_causal: Whether query i sees only the keys up to its own position. With more keys than queries the two are
+            aligned at the end: the last query sees every key. More queries than keys are refused.
+        delta_eps: Added, with its sign, to the denominator of the paper's equation, as in ``flashlla``; a constant
+            under differentiation. >= 0.
+        cg_atol: Floor of the squared right-hand side in the stop below. >= 0; None for 0, a purely relative stop.
+        cg_rtol: A query's conjugate-gradient solve stops when ``|r|^2 <= cg_rtol * max(cg_atol, |r0|^2)``. >= 0; None
+            for the value that fits the dtype and ``precision`` (see README, Numerics).
+        cg_max_iters: Most steps of a solve, >= 1; None for ``max(32, 2 D)``, a net under the stop.
+        cg_use_preconditioner: Whether to precondition the solves with the diagonal of A (Jacobi).
+        precision: None, a ``jax.lax.Precision`` or its name. None is JAX's ``jax_default_matmul_precision`` where that
+            is set, else DEFAULT.
+        implementation: ``"triton"`` (NVIDIA GPU), ``"xla"`` (any platform, O(S D) memory), ``"reference"`` (dense, for
+            tests), or None for the best that runs here. A named one is used or refused, never replaced.
+        return_residuals: Whether to return ``(o, residuals)``, residuals being a
+            :class:`~flashlla_jax.Residuals` (omega, logsumexp, iterations, residual_norm) of constants.
+
+    Returns:
+        The output in the query's dtype, ``(B, S, Dv)`` or ``(B, T, N, Hv)``; with ``return_residuals`` the pair.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype, or the dtypes of query, key and value differ.
+        ValueError: A shape does not fit, or a number is out of range.
+        NotImplementedError: The named implementation cannot serve this call here.
+    """
+    query, key, value = _check_arrays(query, key, value, is_causal)
+    ridge_lambda = _check_ridge(ridge_lambda, query)
+    options = Options(
+        is_causal=_check_flag("is_causal", is_causal),
+        qk_scale=_check_number("qk_scale", qk_scale, minimum=-math.inf) if qk_scale is not None else query.shape[-1] ** -0.5,
+        delta_eps=_check_number("delta_eps", delta_eps),
+        cg_atol=None if cg_atol is None else _check_number("cg_atol", cg_atol),
+        cg_rtol=None if cg_rtol is None else _check_number("cg_rtol", cg_rtol),
+        cg_max_iters=max(32, 2 * query.shape[-1]) if cg_max_iters is None else _check_count("cg_max_iters", cg_max_iters),
+        cg_use_preconditioner=_check_flag("cg_use_preconditioner", cg_use_preconditioner),
+        precision=_check_precision(precision),
+    )
+    attend = _implementation(implementation)
+
+    if query.ndim == 4:
+        o, residuals = attend(query, key, value, ridge_lambda, options)
+    else:
+        # (B, S, D) is one head
+        o, residuals = attend(*(x[:, :, None] for x in (query, key, value, ridge_lambda)), options)
+        o, residuals = jax.tree.map(lambda x: x[:, :, 0], (o, residuals))
+    return (o, lax.stop_gradient(residuals)) if _check_flag("return_residuals", return_residuals) else o
+
+
+def lla_attention_and_omega(
+    query: Query,
+    key: Key,
+    value: Value,
+    ridge_lambda: Ridge,
+    qk_scale: float | None = None,
+    delta_eps: float = 1e-12,
+    cg_atol: float | None = None,
+    cg_rtol: float | None = None,
+    cg_max_iters: int | None = None,
+    cg_use_preconditioner: bool = False,
+    *,
+    is_causal: bool = True,
+    precision: str | lax.Precision | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Output, Array]:
+    """The explicit form, ``flashlla``'s ``LLAFunction.apply`` with its argument order: ``(o, omega)``.
+
+    The arguments are those of :func:`lla_attention`, and so are the errors. omega is the softmax normaliser
+    ``sum_j exp(qk_scale q.k_j - max_j)``, shape ``(B, S)`` or ``(B, T, N)``, float32 (float64 for float64 inputs); it
+    is a constant under differentiation, as it is in ``flashlla``.
+    """
+    o, residuals = lla_attention(
+        query,
+        key,
+        value,
+        ridge_lambda=ridge_lambda,
+        qk_scale=qk_scale,
+        is_causal=is_causal,
+        delta_eps=delta_eps,
+        cg_atol=cg_atol,
+        cg_rtol=cg_rtol,
+        cg_max_iters=cg_max_iters,
+        cg_use_preconditioner=cg_use_preconditioner,
+        precision=precision,
+        implementation=implementation,
+        return_residuals=True,
+    )
+    return o, residuals.omega
+
+
+def default_implementation() -> Implementation:
+    """The implementation that ``implementation=None`` stands for on JAX's default backend."""
+    return "xla"
+
+
+def _implementation(name: str | None) -> Callable[..., tuple[Array, Residuals]]:
+    if name is None:
+        name = default_implementation()
+    if name == "xla":
+        return blockwise.attention
+    if name == "reference":
+        return reference.attention
+    if name == "triton":
+        raise NotImplementedError(
+            'implementation="triton" is not available in this version; implementation="xla" runs on every platform'
+        )
+    allowed = ", ".join(map(repr, get_args(Implementation)))
+    raise ValueError(f"implementation must be one of {allowed} or None, got {name!r}")
+
+
+def _check_arrays(query: Any, key: Any, value: Any, is_causal: bool) -> tuple[Array, Array, Array]:
+    arrays = {"query": query, "key": key, "value": value}
+    for name, x in arrays.items():
+        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+            raise TypeError(f"{name} must be an array, got {type(x).__name__}")
+        if str(x.dtype) not in _DTYPES:
+            raise TypeError(f"{name} has dtype {x.dtype}; allowed are {', '.join(_DTYPES)}")
+        if x.ndim not in _AXES:
+            raise ValueError(
+                f"{name} must have rank 3, {_AXES[3]}, or rank 4, {_AXES[4]}, got shape {x.shape}; "
+                "use jax.vmap for more axes"
+            )
+    shapes = ", ".join(f"{name} {x.shape}" for name, x in arrays.items())
+    if len({x.ndim for x in arrays.values()}) > 1:
+        raise ValueError(f"query, key and value must have the same rank, got {shapes}")
+    if len({str(x.dtype) for x in arrays.values()}) > 1:
+        dtypes = ", ".join(f"{name} {x.dtype}" for name, x in arrays.items())
+        raise TypeError(f"query, key and value must have the same dtype, got {dtypes}")
+    for name, x in arrays.items():
+        if 0 in x.shape[1:]:
+            raise ValueError(f"{name} must not be empty in its length, heads or dimension, got shape {x.shape}")
+
+    if len({x.shape[0] for x in arrays.values()}) > 1:
+        raise ValueError(f"query, key and value must have the same batch size (first axis), got {shapes}")
+    if key.shape[1] != value.shape[1]:
+        raise ValueError(f"key and value must have the same length (second axis), got {shapes}")
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"query and key must have the same head dimension (last axis), got {shapes}")
+    if query.ndim == 4:
+        if key.shape[2] != value.shape[2]:
+            raise ValueError(f"key and value must have the same number of heads (third axis), got {shapes}")
+        if query.shape[2] % key.shape[2]:
+            raise ValueError(
+                f"the key/value heads (third axis) must divide the query heads, got {key.shape[2]} for "
+                f"{query.shape[2]}: {shapes}"
+            )
+    if is_causal and query.shape[1] > key.shape[1]:
+        raise ValueError(
+            f"is_causal=True needs at least as many keys as queries (they are aligned at the end), got {shapes}; "
+            "pass is_causal=False for attention over all keys"
+        )
+    return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+
+
+def _check_ridge(ridge_lambda: Any, query: Array) -> Array:
+    """The ridge in the accumulation dtype, broadcast to one number per query and head."""
+    dtype = accumulation_dtype(query.dtype)
+    number = isinstance(ridge_lambda, numbers.Real) and not isinstance(ridge_lambda, bool)
+    if not number and not (hasattr(ridge_lambda, "shape") and hasattr(ridge_lambda, "dtype")):
+        raise TypeError(f"ridge_lambda must be a real number or an array, got {type(ridge_lambda).__name__}")
+    if not number and not any(jnp.issubdtype(ridge_lambda.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"ridge_lambda must be real, got dtype {ridge_lambda.dtype}")
+    if number or isinstance(ridge_lambda, np.ndarray | np.generic):
+        # in the dtype that it is used in, where a tiny number may be 0
+        if not np.all(np.asarray(ridge_lambda, dtype) > 0):
+            shown = f"{ridge_lambda!r}" if np.ndim(ridge_lambda) == 0 else f"an array whose minimum is {np.min(ridge_lambda)}"
+            raise ValueError(f"ridge_lambda must be > 0 (in {dtype.name}), got {shown}")
+    target = query.shape[:-1]
+    axes = "(B, S)" if query.ndim == 3 else "(B, T, N)"
+    shape = np.shape(ridge_lambda)
+    try:
+        broadcast = np.broadcast_shapes(shape, target)
+    except ValueError:
+        broadcast = None
+    if broadcast != target:
+        raise ValueError(
+            f"ridge_lambda of shape {shape} does not broadcast to {axes} = {target}"
+            + (f"; a ridge per token has shape {(*shape, 1)}" if shape == target[:2] and query.ndim == 4 else "")
+        )
+    return jnp.broadcast_to(jnp.asarray(ridge_lambda).astype(dtype), target)
+
+
+def _check_number(name: str, value: Any, minimum: float = 0.0) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a Python number, known when the function is traced, got {type(value).__name__}")
+    value = float(value)
+    if not (math.isfinite(value) and value >= minimum):
+        allowed = "finite" if minimum == -math.inf else f"finite and >= {minimum:g}"
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return value
+
+
+def _check_count(name: str, value: Any) -> int:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int or None, got {value!r}")
+    if count < 1:
+        raise ValueError(f"{name} must be >= 1, got {count}")
+    return count
+
+
+def _check_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def _check_precision(precision: Any) -> lax.Precision:
+    source = "precision"
+    if precision is None:
+        precision, source = jax.config.jax_default_matmul_precision, "jax_default_matmul_precision"
+        if precision is None:
+            return lax.Precision.DEFAULT
+    try:
+        return lax.Precision(precision)
+    except (ValueError, TypeError):
+        names = ", ".join(repr(p.name.lower()) for p in lax.Precision)
+        raise ValueError(
+            f"{source} must be None, a jax.lax.Precision or one of {names}, got {precision!r}"
+        ) from None

@@ -1,0 +1,112 @@
+"""Conjugate gradients on many small symmetric positive definite systems at once, one per row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Solution(NamedTuple):
+    """What ``solve`` returns, row by row.
+
+    Attributes:
+        x: the solution.
+        defect: ``sum alpha t`` over the steps, t being the second result of ``matvec``. A linear functional of x that
+            ought to vanish and does not quite, gathered for free (design.md section 2).
+        iterations: int32, the steps that the row took part in.
+        residual_norm: ``|rhs - A x|`` as the recurrence tracks it.
+    """
+
+    x: Float[Array, "*rows D"]
+    defect: Float[Array, "*rows"]
+    iterations: Int[Array, "*rows"]
+    residual_norm: Float[Array, "*rows"]
+
+
+class _State(NamedTuple):
+    step: Int[Array, ""]
+    live: Bool[Array, "*rows"]
+    x: Float[Array, "*rows D"]
+    r: Float[Array, "*rows D"]
+    p: Float[Array, "*rows D"]
+    rz: Float[Array, "*rows"]
+    defect: Float[Array, "*rows"]
+    iterations: Int[Array, "*rows"]
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.sum(a * b, axis=-1)
+
+
+def solve(
+    matvec: Callable[[Array], tuple[Array, Array]],
+    rhs: Float[Array, "*rows D"],
+    *,
+    rtol: float,
+    atol: float,
+    max_iters: int,
+    inverse_diagonal: Float[Array, "*rows D"] | None = None,
+) -> Solution:
+    """Solves ``A_i x_i = rhs_i`` from zero; the loop ends when every row has converged.
+
+    A row has converged when ``|r|^2 <= rtol * max(atol, |rhs|^2)``. It is then left alone while others go on, so a
+    row's result does not depend on the rows beside it. A row whose search direction has no positive curvature (a NaN,
+    or a system that rounding has made indefinite) stops where it is.
+
+    Args:
+        matvec: ``p -> (A p, t)`` for all rows; t is a scalar per row, see ``Solution.defect``.
+        rhs: right-hand sides.
+        rtol: relative tolerance, of the squared norm.
+        atol: absolute floor of the squared norm that ``rtol`` multiplies.
+        max_iters: the most steps taken.
+        inverse_diagonal: 1 / diag(A) for the Jacobi preconditioner; None for none.
+    """
+
+    def precondition(r: Array) -> Array:
+        return r if inverse_diagonal is None else r * inverse_diagonal
+
+    rr = _dot(rhs, rhs)
+    stop = rtol * jnp.maximum(atol, rr)
+    p = precondition(rhs)
+    start = _State(
+        step=jnp.zeros((), jnp.int32),
+        live=rr > stop,
+        x=jnp.zeros_like(rhs),
+        r=rhs,
+        p=p,
+        rz=_dot(rhs, p),
+        defect=jnp.zeros_like(rr),
+        iterations=jnp.zeros(rr.shape, jnp.int32),
+    )
+
+    def unfinished(state: _State) -> Array:
+        return (state.step < max_iters) & jnp.any(state.live)
+
+    def advance(state: _State) -> _State:
+        product, t = matvec(state.p)
+        curvature = _dot(state.p, product)
+        live = state.live & (curvature > 0)
+        alpha = jnp.where(live, state.rz / jnp.where(live, curvature, 1), 0)
+        # a row that is not live must not pick up 0 * NaN or 0 * inf from its matvec
+        x = jnp.where(live[..., None], state.x + alpha[..., None] * state.p, state.x)
+        r = jnp.where(live[..., None], state.r - alpha[..., None] * product, state.r)
+        z = precondition(r)
+        rz = jnp.where(live, _dot(r, z), state.rz)
+        beta = jnp.where(live, rz / jnp.where(live, state.rz, 1), 0)
+        return _State(
+            step=state.step + 1,
+            live=live & (_dot(r, r) > stop),
+            x=x,
+            r=r,
+            p=z + beta[..., None] * state.p,
+            rz=rz,
+            defect=jnp.where(live, state.defect + alpha * t, state.defect),
+            iterations=state.iterations + live.astype(jnp.int32),
+        )
+
+    end = jax.lax.while_loop(unfinished, advance, start)
+    return Solution(end.x, end.defect, end.iterations, jnp.sqrt(_dot(end.r, end.r)))

@@ -1,0 +1,60 @@
+"""What every implementation is given and gives back.
+
+An implementation is a function ``(query, key, value, ridge_lambda, options) -> (o, Residuals)`` on the canonical
+layout: query ``(B, T, N, D)``, key ``(B, S, K, D)``, value ``(B, S, K, Dv)``, ridge_lambda ``(B, T, N)`` in the
+accumulation dtype, with K dividing N. ``attention.py`` has checked the arguments before any of them is called.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Options:
+    """The static options of one call, hashable so that they can ride through ``jax.custom_vjp``."""
+
+    is_causal: bool
+    qk_scale: float
+    delta_eps: float
+    cg_atol: float | None
+    cg_rtol: float | None
+    cg_max_iters: int
+    cg_use_preconditioner: bool
+    precision: jax.lax.Precision
+
+
+class Residuals(NamedTuple):
+    """What the forward pass knows beside its output, one number per query and head; constants under differentiation.
+
+    The arrays have shape ``(B, S)`` for rank-3 inputs and ``(B, T, N)`` for rank-4 inputs. Floating ones are float32
+    (float64 for float64 inputs).
+
+    Attributes:
+        omega: ``sum_j exp(qk_scale q.k_j - max_j)`` over the visible keys, the normaliser that ``flashlla`` returns.
+        logsumexp: ``log sum_j exp(qk_scale q.k_j)``, natural logarithm.
+        iterations: int32, conjugate-gradient steps that this query's solve took (0 for the dense reference).
+        residual_norm: Euclidean norm of ``m - A x`` at the end of the solve, as the solver tracks it. Large beside
+            ``cg_rtol`` where ``cg_max_iters`` ended the loop.
+    """
+
+    omega: jax.Array
+    logsumexp: jax.Array
+    iterations: jax.Array
+    residual_norm: jax.Array
+
+
+def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
+def visible_keys(query_length: int, key_length: int, is_causal: bool) -> jax.Array:
+    """How many leading keys each query sees, int32 ``(T,)``: all, or the prefix that is aligned at the end."""
+    if not is_causal:
+        return jnp.full(query_length, key_length, jnp.int32)
+    return jnp.arange(query_length, dtype=jnp.int32) + (key_length - query_length + 1)

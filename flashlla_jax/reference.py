@@ -1,0 +1,150 @@
+"""Local Linear Attention written as the paper writes it: dense, one ``jnp.linalg.solve`` per query.
+
+This is the definition that every other implementation is tested against; in float64 it is the truth. It holds a
+``(B, N, T, S, D)`` array and costs O(T S D^2), so it is for tests and small problems.
+
+For query i over its visible keys j (arXiv 2510.01450, section 3; design.md section 1):
+
+    w_ij = exp(qk_scale q_i.k_j - max_j),  omega_i = sum_j w_ij,  z_ij = k_j - q_i
+    mu_i = sum_j w_ij z_ij,  Sigma_i = sum_j w_ij z_ij z_ij^T + lambda_i omega_i I,  rho_i = Sigma_i^-1 mu_i
+    o_i = sum_j w_ij (1 - z_ij.rho_i) / (omega_i - mu_i.rho_i) v_j
+
+``delta_eps`` is added, with its sign, to the denominator ``omega_i - mu_i.rho_i``. The factor that this multiplies
+``o_i`` by counts as a constant under differentiation.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flashlla_jax.interface import Options, Residuals, accumulation_dtype, visible_keys
+
+
+def _by_head(x: Array, heads: int) -> Array:
+    """(B, L, K, ...) -> (B, N, L, ...), each key/value head repeated for the query heads that share it."""
+    x = jnp.moveaxis(x, 2, 1)
+    return jnp.repeat(x, heads // x.shape[1], axis=1)
+
+
+def _logits(q: Array, k: Array, options: Options) -> Array:
+    """qk_scale q.k with -inf where key j is hidden from query i, (B, N, T, S)."""
+    s = options.qk_scale * jnp.einsum("bntd,bnsd->bnts", q, k, precision="highest")
+    visible = visible_keys(q.shape[2], k.shape[2], options.is_causal)
+    return jnp.where(jnp.arange(k.shape[2]) < visible[:, None], s, -jnp.inf)
+
+
+def _canonical(query: Array, key: Array, value: Array, ridge_lambda: Array) -> tuple[Array, Array, Array, Array]:
+    """Heads first, in the accumulation dtype; a ridge that is not positive becomes NaN."""
+    dtype = accumulation_dtype(query.dtype)
+    heads = query.shape[2]
+    q = jnp.moveaxis(query, 2, 1).astype(dtype)
+    k, v = (_by_head(x, heads).astype(dtype) for x in (key, value))
+    lam = jnp.moveaxis(ridge_lambda, 2, 1).astype(dtype)
+    return q, k, v, jnp.where(lam > 0, lam, jnp.nan)
+
+
+def attention(
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K Dv"],
+    ridge_lambda: Float[Array, "B T N"],
+    options: Options,
+) -> tuple[Float[Array, "B T N Dv"], Residuals]:
+    """The paper's form. Differentiable by JAX itself; 16-bit inputs are computed in float32.
+
+    The ``cg_*`` options and ``precision`` do not apply: the solve is direct and every product is exact to the dtype.
+    """
+    q, k, v, lam = _canonical(query, key, value, ridge_lambda)
+    s = _logits(q, k, options)
+    top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
+    w = jnp.exp(s - top)
+    omega = jnp.sum(w, axis=-1)
+
+    z = k[:, :, None] - q[:, :, :, None]  # (B, N, T, S, D)
+    wz = w[..., None] * z
+    mu = jnp.sum(wz, axis=-2)
+    ridge = (lam * omega)[..., None, None] * jnp.eye(q.shape[-1], dtype=q.dtype)
+    sigma = jnp.einsum("bntsd,bntse->bntde", wz, z, precision="highest") + ridge
+    rho = jnp.linalg.solve(sigma, mu[..., None])[..., 0]
+
+    denominator = omega - jnp.sum(mu * rho, axis=-1)
+    damping = denominator / (denominator + options.delta_eps * jnp.sign(denominator))
+    weights = w * (1 - jnp.einsum("bntsd,bntd->bnts", z, rho, precision="highest")) / denominator[..., None]
+    weights = weights * jax.lax.stop_gradient(damping)[..., None]
+    o = jnp.einsum("bnts,bnsd->bntd", weights, v, precision="highest")
+
+    # rho solves Sigma rho = mu; x of the centred form is rho omega / denominator, and m - A x its residual.
+    defect = mu - jnp.einsum("bntde,bnte->bntd", sigma, rho, precision="highest")
+    residuals = Residuals(
+        omega=omega,
+        logsumexp=top[..., 0] + jnp.log(omega),
+        iterations=jnp.zeros(omega.shape, jnp.int32),
+        residual_norm=jnp.linalg.norm(defect, axis=-1) / jnp.abs(denominator),
+    )
+    residuals = jax.lax.stop_gradient(Residuals(*(jnp.moveaxis(x, 1, 2) for x in residuals)))
+    return jnp.moveaxis(o, 1, 2).astype(query.dtype), residuals
+
+
+def attention_backward(
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K Dv"],
+    ridge_lambda: Float[Array, "B T N"],
+    cotangent: Float[Array, "B T N Dv"],
+    options: Options,
+) -> tuple[Array, Array, Array, Array]:
+    """The gradient of ``attention`` written out: ``(dquery, dkey, dvalue, dridge_lambda)``, shaped as the inputs.
+
+    Dense, in the centred form (design.md section 1), with both solves by ``jnp.linalg.solve``. It equals ``jax.grad``
+    of ``attention`` and is what the blockwise path and the kernels compute without a dense array.
+    """
+    q, k, v, lam = _canonical(query, key, value, ridge_lambda)
+    g = jnp.moveaxis(cotangent, 2, 1).astype(q.dtype)
+    s = _logits(q, k, options)
+    p = jax.nn.softmax(s, axis=-1)
+    omega = jnp.sum(jnp.exp(s - jnp.max(s, axis=-1, keepdims=True)), axis=-1)
+
+    def einsum(subscripts: str, *operands: Array) -> Array:
+        return jnp.einsum(subscripts, *operands, precision="highest")
+
+    kbar = einsum("bnts,bnsd->bntd", p, k)
+    kc = k[:, :, None] - kbar[:, :, :, None]  # (B, N, T, S, D)
+    eye = jnp.eye(q.shape[-1], dtype=q.dtype)
+    a_matrix = einsum("bntsd,bntse->bntde", p[..., None] * kc, kc) + lam[..., None, None] * eye
+
+    m = kbar - q
+    x = jnp.linalg.solve(a_matrix, m[..., None])[..., 0]
+    a = 1 - einsum("bntsd,bntd->bnts", kc, x)
+    damping = omega / (omega + options.delta_eps * (1 + jnp.sum(m * x, axis=-1)))
+    g = g * damping[..., None]
+
+    gamma = einsum("bntd,bnsd->bnts", g, v)
+    gamma = gamma - jnp.sum(p * gamma, axis=-1, keepdims=True)
+    y = einsum("bnts,bntsd->bntd", p * gamma, kc)
+    u = jnp.linalg.solve(a_matrix, y[..., None])[..., 0]
+    b = gamma - einsum("bntsd,bntd->bnts", kc, u)
+    ux = jnp.sum(u * x, axis=-1)
+    ds = p * (a * b + (lam * ux)[..., None])
+
+    dq = options.qk_scale * einsum("bnts,bnsd->bntd", ds, k) + u
+    dk = (
+        options.qk_scale * einsum("bnts,bntd->bnsd", ds, q)
+        - einsum("bnts,bntd->bnsd", p * b, x)
+        - einsum("bnts,bntd->bnsd", p * a, u)
+    )
+    dv = einsum("bnts,bntd->bnsd", p * a, g)
+
+    def sum_group(d: Array, like: Array) -> Array:
+        """(B, N, S, .) -> (B, S, K, .): the query heads that share a key/value head are summed."""
+        batch, _, length, width = d.shape
+        d = d.reshape(batch, like.shape[2], -1, length, width).sum(axis=2)
+        return jnp.moveaxis(d, 1, 2).astype(like.dtype)
+
+    return (
+        jnp.moveaxis(dq, 1, 2).astype(query.dtype),
+        sum_group(dk, key),
+        sum_group(dv, value),
+        jnp.moveaxis(ux, 1, 2).astype(ridge_lambda.dtype),
+    )
