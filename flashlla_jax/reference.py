@@ -32,7 +32,7 @@ def _logits(q: Array, k: Array, options: Options) -> Array:
     """qk_scale q.k with -inf where key j is hidden from query i, (B, N, T, S)."""
     s = options.qk_scale * jnp.einsum("bntd,bnsd->bnts", q, k, precision="highest")
     visible = visible_keys(q.shape[2], k.shape[2], options.is_causal)
-    return jnp.where(jnp.arange(k.shape[2]) < visible[:, None], s, -jnp.inf)
+    return jnp.where((jnp.arange(k.shape[2], dtype=jnp.int32)[None, :] < visible[:, None])[None, None], s, -jnp.inf)
 
 
 def _canonical(query: Array, key: Array, value: Array, ridge_lambda: Array) -> tuple[Array, Array, Array, Array]:
@@ -65,7 +65,7 @@ def attention(
     z = k[:, :, None] - q[:, :, :, None]  # (B, N, T, S, D)
     wz = w[..., None] * z
     mu = jnp.sum(wz, axis=-2)
-    ridge = (lam * omega)[..., None, None] * jnp.eye(q.shape[-1], dtype=q.dtype)
+    ridge = (lam * omega)[..., None, None] * jnp.eye(q.shape[-1], dtype=q.dtype)[None, None, None]
     sigma = jnp.einsum("bntsd,bntse->bntde", wz, z, precision="highest") + ridge
     rho = jnp.linalg.solve(sigma, mu[..., None])[..., 0]
 
@@ -111,7 +111,7 @@ def attention_backward(
 
     kbar = einsum("bnts,bnsd->bntd", p, k)
     kc = k[:, :, None] - kbar[:, :, :, None]  # (B, N, T, S, D)
-    eye = jnp.eye(q.shape[-1], dtype=q.dtype)
+    eye = jnp.eye(q.shape[-1], dtype=q.dtype)[None, None, None]
     a_matrix = einsum("bntsd,bntse->bntde", p[..., None] * kc, kc) + lam[..., None, None] * eye
 
     m = kbar - q

@@ -1,0 +1,20 @@
+"""The blockwise XLA path against the float64 reference."""
+
+import math
+
+from tests.implementation_tests import ImplementationTests
+
+
+class TestBlockwise(ImplementationTests):
+    implementation = "xla"
+
+    def bound(self, dtype: str, kind: str, ridge: float, name: str, dense_error: float) -> float:
+        if dtype == "float64":
+            return 1e-9  # the project's promise with a tight cg_rtol
+        if dtype == "float32":
+            # the promise; the dense form in float32 stands for what the conditioning costs any method
+            return 2e-5 if math.isnan(dense_error) else max(2e-5, 5 * dense_error)
+        if ridge < 0.1:
+            # not promised, so that it cannot rot unseen: twice what peaky keys, the worst kind, were measured at
+            return 1e-2 if name in ("o", "dv") else 4e-2
+        return 1e-2 if name == "o" else 2e-2  # the promise for 16-bit inputs
