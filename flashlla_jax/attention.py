@@ -137,15 +137,18 @@ def lla_attention(
         ValueError: A shape does not fit, or a number is out of range.
         NotImplementedError: The named implementation cannot serve this call here.
     """
+    is_causal = _check_flag("is_causal", is_causal)
+    return_residuals = _check_flag("return_residuals", return_residuals)
     query, key, value = _check_arrays(query, key, value, is_causal)
+    dim = query.shape[-1]
     ridge_lambda = _check_ridge(ridge_lambda, query)
     options = Options(
-        is_causal=_check_flag("is_causal", is_causal),
-        qk_scale=_check_number("qk_scale", qk_scale, minimum=-math.inf) if qk_scale is not None else query.shape[-1] ** -0.5,
+        is_causal=is_causal,
+        qk_scale=dim**-0.5 if qk_scale is None else _check_number("qk_scale", qk_scale, minimum=-math.inf),
         delta_eps=_check_number("delta_eps", delta_eps),
         cg_atol=None if cg_atol is None else _check_number("cg_atol", cg_atol),
         cg_rtol=None if cg_rtol is None else _check_number("cg_rtol", cg_rtol),
-        cg_max_iters=max(32, 2 * query.shape[-1]) if cg_max_iters is None else _check_count("cg_max_iters", cg_max_iters),
+        cg_max_iters=max(32, 2 * dim) if cg_max_iters is None else _check_count("cg_max_iters", cg_max_iters),
         cg_use_preconditioner=_check_flag("cg_use_preconditioner", cg_use_preconditioner),
         precision=_check_precision(precision),
     )
@@ -157,7 +160,7 @@ def lla_attention(
         # (B, S, D) is one head
         o, residuals = attend(*(x[:, :, None] for x in (query, key, value, ridge_lambda)), options)
         o, residuals = jax.tree.map(lambda x: x[:, :, 0], (o, residuals))
-    return (o, lax.stop_gradient(residuals)) if _check_flag("return_residuals", return_residuals) else o
+    return (o, lax.stop_gradient(residuals)) if return_residuals else o
 
 
 def lla_attention_and_omega(
@@ -206,7 +209,7 @@ def default_implementation() -> Implementation:
     return "xla"
 
 
-def _implementation(name: str | None) -> Callable[..., tuple[Array, Residuals]]:
+def _implementation(name: str | None) -> Callable[..., Any]:
     if name is None:
         name = default_implementation()
     if name == "xla":
@@ -268,16 +271,16 @@ def _check_arrays(query: Any, key: Any, value: Any, is_causal: bool) -> tuple[Ar
 def _check_ridge(ridge_lambda: Any, query: Array) -> Array:
     """The ridge in the accumulation dtype, broadcast to one number per query and head."""
     dtype = accumulation_dtype(query.dtype)
-    number = isinstance(ridge_lambda, numbers.Real) and not isinstance(ridge_lambda, bool)
+    number = _is_number(ridge_lambda)
     if not number and not (hasattr(ridge_lambda, "shape") and hasattr(ridge_lambda, "dtype")):
         raise TypeError(f"ridge_lambda must be a real number or an array, got {type(ridge_lambda).__name__}")
     if not number and not any(jnp.issubdtype(ridge_lambda.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise TypeError(f"ridge_lambda must be real, got dtype {ridge_lambda.dtype}")
-    if number or isinstance(ridge_lambda, np.ndarray | np.generic):
-        # in the dtype that it is used in, where a tiny number may be 0
-        if not np.all(np.asarray(ridge_lambda, dtype) > 0):
-            shown = f"{ridge_lambda!r}" if np.ndim(ridge_lambda) == 0 else f"an array whose minimum is {np.min(ridge_lambda)}"
-            raise ValueError(f"ridge_lambda must be > 0 (in {dtype.name}), got {shown}")
+    # what is known now is checked now, in the dtype that it is used in, where a tiny number may be 0
+    known = np.asarray(ridge_lambda, dtype) if number or isinstance(ridge_lambda, np.ndarray | np.generic) else None
+    if known is not None and not np.all(known > 0):
+        what = "an array whose minimum is " if known.ndim else ""
+        raise ValueError(f"ridge_lambda must be > 0 (in {dtype.name}), got {what}{np.asarray(ridge_lambda).min()}")
     target = query.shape[:-1]
     axes = "(B, S)" if query.ndim == 3 else "(B, T, N)"
     shape = np.shape(ridge_lambda)
@@ -293,9 +296,13 @@ def _check_ridge(ridge_lambda: Any, query: Array) -> Array:
     return jnp.broadcast_to(jnp.asarray(ridge_lambda).astype(dtype), target)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _check_number(name: str, value: Any, minimum: float = 0.0) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a Python number, known when the function is traced, got {type(value).__name__}")
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a Python number, known at trace time, got {type(value).__name__}")
     value = float(value)
     if not (math.isfinite(value) and value >= minimum):
         allowed = "finite" if minimum == -math.inf else f"finite and >= {minimum:g}"
@@ -324,13 +331,12 @@ def _check_flag(name: str, value: Any) -> bool:
 def _check_precision(precision: Any) -> lax.Precision:
     source = "precision"
     if precision is None:
-        precision, source = jax.config.jax_default_matmul_precision, "jax_default_matmul_precision"
+        source = "jax_default_matmul_precision"
+        precision = getattr(jax.config, source)
         if precision is None:
             return lax.Precision.DEFAULT
     try:
         return lax.Precision(precision)
     except (ValueError, TypeError):
         names = ", ".join(repr(p.name.lower()) for p in lax.Precision)
-        raise ValueError(
-            f"{source} must be None, a jax.lax.Precision or one of {names}, got {precision!r}"
-        ) from None
+        raise ValueError(f"{source} must be None, a jax.lax.Precision or one of {names}, got {precision!r}") from None

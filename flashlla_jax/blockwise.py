@@ -22,8 +22,9 @@ would lose to rounding is kept. Only keys that every query of the block sees ent
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,15 +44,23 @@ _KEY_BLOCK = 128
 _LARGEST_RIDGE = 1e15
 
 
-class _Blocks(NamedTuple):
-    """The inputs cut in blocks, heads folded: H = B * K key heads, R = G * rows queries that share a key block."""
+class _Queries(NamedTuple):
+    """The query side in I blocks; H = B * K key heads, R = rows times the G queries that share a key head.
+
+    Inside a scan over the blocks the leading axis is gone.
+    """
 
     q: Float[Array, "I H R D"]
-    k: Float[Array, "J H C D"]
-    v: Float[Array, "J H C Dv"]
     lam: Float[Array, "I H R"]
     visible: Int[Array, "I R"]  # leading keys that the query sees
     origin: Float[Array, "I H 1 D"]
+
+
+class _Keys(NamedTuple):
+    """The key side in J blocks of C keys."""
+
+    k: Float[Array, "J H C D"]
+    v: Float[Array, "J H C Dv"]
 
 
 class _Saved(NamedTuple):
@@ -64,7 +73,8 @@ class _Saved(NamedTuple):
     damping: Float[Array, "I H R"]
 
 
-class _Layout(NamedTuple):
+@dataclass(frozen=True)
+class _Layout:
     """How (B, L, K * G, .) is cut: ``count`` blocks of ``rows``, the last one padded."""
 
     batch: int
@@ -105,7 +115,7 @@ def _layouts(query: Array, key: Array) -> tuple[_Layout, _Layout]:
     return _layout(query, heads, _QUERY_BLOCK), _layout(key, heads, _KEY_BLOCK)
 
 
-def _cut(query: Array, key: Array, value: Array, lam: Array, options: Options) -> _Blocks:
+def _cut(query: Array, key: Array, value: Array, lam: Array, options: Options) -> tuple[_Queries, _Keys]:
     queries, keys = _layouts(query, key)
     dtype = accumulation_dtype(query.dtype)
     visible = visible_keys(queries.length, keys.length, options.is_causal)
@@ -117,13 +127,15 @@ def _cut(query: Array, key: Array, value: Array, lam: Array, options: Options) -
     origin = jnp.take(sums, first - 1, axis=1) / first[None, :, None, None].astype(dtype)  # (B, I, K, D)
     origin = jnp.moveaxis(origin, 1, 0).reshape(queries.count, -1, 1, key.shape[-1])
 
-    return _Blocks(
-        q=queries.cut(query).astype(dtype),
-        k=keys.cut(key).astype(dtype),
-        v=keys.cut(value).astype(dtype),
-        lam=queries.cut(jnp.minimum(jnp.where(lam > 0, lam, jnp.nan), _LARGEST_RIDGE).astype(dtype)),
-        visible=jnp.tile(visible, (1, queries.group)),
-        origin=origin,
+    lam = jnp.minimum(jnp.where(lam > 0, lam, jnp.nan), _LARGEST_RIDGE)
+    return (
+        _Queries(
+            q=queries.cut(query).astype(dtype),
+            lam=queries.cut(lam).astype(dtype),
+            visible=jnp.tile(visible, (1, queries.group)),
+            origin=origin,
+        ),
+        _Keys(k=keys.cut(key).astype(dtype), v=keys.cut(value).astype(dtype)),
     )
 
 
@@ -175,8 +187,11 @@ class _QueryBlock(NamedTuple):
     lam: Float[Array, "H R"]
 
 
-def _add_up(blocks: Array, start: Array, term: Callable[[Array], Array]) -> Array:
-    """start + sum over key blocks j < blocks of term(j), pytree by pytree."""
+_Sum = TypeVar("_Sum")  # an array, or a tuple of them
+
+
+def _add_up(blocks: Array, start: _Sum, term: Callable[[Array], _Sum]) -> _Sum:
+    """start + sum over key blocks j < blocks of term(j)."""
     return lax.fori_loop(0, blocks, lambda j, acc: jax.tree.map(jnp.add, acc, term(j)), start)
 
 
@@ -224,9 +239,11 @@ def _solve(block: _QueryBlock, rhs: Array, options: Options, tol: _Tolerances) -
 
 
 def _forward_block(
-    k: Array, v: Array, q: Array, lam: Array, visible: Array, origin: Array, options: Options, tol: _Tolerances
+    queries: _Queries, keys: _Keys, options: Options, tol: _Tolerances
 ) -> tuple[Array, _Saved, Residuals]:
-    k = k - origin[None]
+    q, lam, visible, origin = queries
+    v = keys.v
+    k = keys.k - origin[None]
     blocks = _visible_blocks(visible, k)
     strip = jnp.zeros((*k.shape[:2], q.shape[1], k.shape[2]), q.dtype)
 
@@ -254,33 +271,22 @@ def _forward_block(
     o = _add_up(
         blocks,
         jnp.zeros((*q.shape[:2], v.shape[-1]), q.dtype),
-        lambda j: _rows_by_features(
-            weights[j] * (a0[..., None] - _rows_by_keys(x, k[j], tol.dot)), v[j], tol.dot
-        ),
+        lambda j: _rows_by_features(weights[j] * (a0[..., None] - _rows_by_keys(x, k[j], tol.dot)), v[j], tol.dot),
     )
     damping = omega / (omega + options.delta_eps * (1 + jnp.sum(m * x, axis=-1)))
     logsumexp = top + jnp.log(omega)
-    shift = options.qk_scale * jnp.sum(q * origin, axis=-1)  # what taking keys relative to the origin took off the logits
+    shift = options.qk_scale * jnp.sum(q * origin, axis=-1)  # what the origin took off the logits
     residuals = Residuals(omega, logsumexp + shift, solution.iterations, solution.residual_norm)
     return o * damping[..., None], _Saved(logsumexp, kbar, x, a0, damping), residuals
 
 
 def _backward_block(
-    k: Array,
-    v: Array,
-    dk: Array,
-    dv: Array,
-    q: Array,
-    lam: Array,
-    visible: Array,
-    origin: Array,
-    saved: _Saved,
-    g: Array,
-    options: Options,
-    tol: _Tolerances,
-) -> tuple[Array, Array, Array, Array]:
+    queries: _Queries, keys: _Keys, saved: _Saved, g: Array, grads: _Keys, options: Options, tol: _Tolerances
+) -> tuple[Array, Array, _Keys]:
     """dq and dlambda of the block, and dk and dv with the block's share added."""
-    k = k - origin[None]
+    q, lam, visible, origin = queries
+    v = keys.v
+    k = keys.k - origin[None]
     blocks = _visible_blocks(visible, k)
     g = g * saved.damping[..., None]
     strip = jnp.zeros((*k.shape[:2], q.shape[1], k.shape[2]), q.dtype)
@@ -305,38 +311,32 @@ def _backward_block(
     dlam = jnp.sum(u * x, axis=-1)
     ridge_term = (lam * dlam)[..., None]
 
-    def gradients(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        dq, dk, dv = carry
+    def gradients(j: Array, carry: tuple[Array, _Keys]) -> tuple[Array, _Keys]:
+        dq, (dk, dv) = carry
         a = saved.a0[..., None] - _rows_by_keys(x, k[j], tol.dot)
         b = gamma[j] + b0[..., None] - _rows_by_keys(u, k[j], tol.dot)
         pa, pb = weights[j] * a, weights[j] * b
         ds = options.qk_scale * (pa * b + weights[j] * ridge_term)
-        dk_j = (
-            _keys_by_features(ds, q, tol.dot)
-            - _keys_by_features(pb, x, tol.dot)
-            - _keys_by_features(pa, u, tol.dot)
-        )
+        dk_j = _keys_by_features(ds, q, tol.dot) - _keys_by_features(pb, x, tol.dot) - _keys_by_features(pa, u, tol.dot)
         dq = dq + _rows_by_features(ds, k[j], tol.dot)
-        return dq, dk.at[j].add(dk_j), dv.at[j].add(_keys_by_features(pa, g, tol.dot))
+        return dq, _Keys(dk.at[j].add(dk_j), dv.at[j].add(_keys_by_features(pa, g, tol.dot)))
 
-    dq, dk, dv = lax.fori_loop(0, blocks, gradients, (u, dk, dv))
-    return dq, dlam, dk, dv
+    dq, grads = lax.fori_loop(0, blocks, gradients, (u, grads))
+    return dq, dlam, grads
 
 
 def _forward(
     query: Array, key: Array, value: Array, ridge_lambda: Array, options: Options
 ) -> tuple[tuple[Array, Residuals], _Saved]:
     tol = _tolerances(query.dtype, options)
-    queries, _ = _layouts(query, key)
-    blocks = _cut(query, key, value, ridge_lambda, options)
+    queries, keys = _cut(query, key, value, ridge_lambda, options)
 
-    def step(_: None, block: tuple[Array, ...]) -> tuple[None, tuple[Array, _Saved, Residuals]]:
-        return None, _forward_block(blocks.k, blocks.v, *block, options, tol)
+    def step(_: None, block: _Queries) -> tuple[None, tuple[Array, _Saved, Residuals]]:
+        return None, _forward_block(block, keys, options, tol)
 
-    per_query = (blocks.q, blocks.lam, blocks.visible, blocks.origin)
-    _, (o, saved, residuals) = lax.scan(step, None, per_query)
-    residuals = Residuals(*map(queries.join, residuals))
-    return (queries.join(o).astype(query.dtype), residuals), saved
+    _, (o, saved, residuals) = lax.scan(step, None, queries)
+    join = _layouts(query, key)[0].join
+    return (join(o).astype(query.dtype), Residuals(*map(join, residuals))), saved
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -360,22 +360,21 @@ def _attention_bwd(options: Options, kept, cotangents):
     query, key, value, ridge_lambda, saved = kept
     g, _ = cotangents  # the residuals are constants
     tol = _tolerances(query.dtype, options)
-    queries, keys = _layouts(query, key)
-    blocks = _cut(query, key, value, ridge_lambda, options)
-    g = queries.cut(g, mode="constant").astype(blocks.q.dtype)  # padding adds nothing to dk and dv
+    queries, keys = _cut(query, key, value, ridge_lambda, options)
+    query_layout, key_layout = _layouts(query, key)
+    g = query_layout.cut(g, mode="constant").astype(queries.q.dtype)  # padding adds nothing to dk and dv
 
-    def step(carry: tuple[Array, Array], block: tuple) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        dq, dlam, dk, dv = _backward_block(blocks.k, blocks.v, *carry, *block, options, tol)
-        return (dk, dv), (dq, dlam)
+    def step(grads: _Keys, block: tuple[_Queries, _Saved, Array]) -> tuple[_Keys, tuple[Array, Array]]:
+        of_queries, of_saved, of_g = block
+        dq, dlam, grads = _backward_block(of_queries, keys, of_saved, of_g, grads, options, tol)
+        return grads, (dq, dlam)
 
-    start = (jnp.zeros_like(blocks.k), jnp.zeros_like(blocks.v))
-    per_query = (blocks.q, blocks.lam, blocks.visible, blocks.origin, saved, g)
-    (dk, dv), (dq, dlam) = lax.scan(step, start, per_query)
+    grads, (dq, dlam) = lax.scan(step, jax.tree.map(jnp.zeros_like, keys), (queries, saved, g))
     return (
-        queries.join(dq).astype(query.dtype),
-        keys.join(dk).astype(key.dtype),
-        keys.join(dv).astype(value.dtype),
-        queries.join(dlam).astype(ridge_lambda.dtype),
+        query_layout.join(dq).astype(query.dtype),
+        key_layout.join(grads.k).astype(key.dtype),
+        key_layout.join(grads.v).astype(value.dtype),
+        query_layout.join(dlam).astype(ridge_lambda.dtype),
     )
 
 

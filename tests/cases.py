@@ -132,4 +132,3 @@ def truth(inputs: Inputs, ridge: jax.Array, **kwargs: Any) -> dict[str, jax.Arra
     """The float64 reference on these very inputs, as rounded to their dtype."""
     wide = Inputs(*(x.astype(jnp.float64) for x in inputs))
     return evaluate(wide, ridge.astype(jnp.float64), implementation="reference", **kwargs)
-

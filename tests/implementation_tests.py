@@ -97,9 +97,7 @@ class ImplementationTests:
         shape = Shape(queries=90, keys=90, heads=2, kv_heads=1, dim=16, value_dim=16)
         inputs = draw(shape, "float32", "anisotropic", seed=3)
         lam = jnp.full(shape.ridge, 0.1, jnp.float32)
-        lines = self.failures(
-            inputs, lam, "anisotropic", 0.1, qk_scale=0.7, cg_use_preconditioner=preconditioned
-        )
+        lines = self.failures(inputs, lam, "anisotropic", 0.1, qk_scale=0.7, cg_use_preconditioner=preconditioned)
         assert not lines, "\n".join(lines)
 
     @pytest.mark.parametrize("ridge_shape", [(), (2,), (1, 60, 1), (60, 2), (3, 1, 1), (3, 60, 2)], ids=str)
@@ -144,7 +142,7 @@ class ImplementationTests:
         np.testing.assert_allclose(residuals.logsumexp, expected.logsumexp, rtol=0, atol=1e-4)
         np.testing.assert_allclose(residuals.omega, expected.omega, rtol=1e-4)
         assert residuals.iterations.dtype == jnp.int32
-        assert 1 <= int(residuals.iterations.min())
+        assert int(residuals.iterations.min()) >= 1
         assert int(residuals.iterations.max()) <= 32
         m_norm = 10 * shape.dim**0.5 * 10  # |m| at most, the keys being shifted by about 10 a feature
         assert float(residuals.residual_norm.max()) <= 1e-3 * m_norm
