@@ -120,7 +120,7 @@ def lla_attention(
         cg_atol: Floor of the squared right-hand side in the stop below. >= 0; None for 0, a purely relative stop.
         cg_rtol: A query's conjugate-gradient solve stops when ``|r|^2 <= cg_rtol * max(cg_atol, |r0|^2)``. >= 0; None
             for the value that fits the dtype and ``precision`` (see README, Numerics).
-        cg_max_iters: Most steps of a solve, >= 1; None for ``max(32, 2 D)``, a net under the stop.
+        cg_max_iters: Most steps of a solve, >= 1; None for ``max(32, 2 D)`` (4 D in float64), a net under the stop.
         cg_use_preconditioner: Whether to precondition the solves with the diagonal of A (Jacobi).
         precision: None, a ``jax.lax.Precision`` or its name. None is JAX's ``jax_default_matmul_precision`` where that
             is set, else DEFAULT.
@@ -148,7 +148,7 @@ def lla_attention(
         delta_eps=_check_number("delta_eps", delta_eps),
         cg_atol=None if cg_atol is None else _check_number("cg_atol", cg_atol),
         cg_rtol=None if cg_rtol is None else _check_number("cg_rtol", cg_rtol),
-        cg_max_iters=max(32, 2 * dim) if cg_max_iters is None else _check_count("cg_max_iters", cg_max_iters),
+        cg_max_iters=_default_max_iters(query) if cg_max_iters is None else _check_count("cg_max_iters", cg_max_iters),
         cg_use_preconditioner=_check_flag("cg_use_preconditioner", cg_use_preconditioner),
         precision=_check_precision(precision),
     )
@@ -274,10 +274,15 @@ def _check_ridge(ridge_lambda: Any, query: Array) -> Array:
     number = _is_number(ridge_lambda)
     if not number and not (hasattr(ridge_lambda, "shape") and hasattr(ridge_lambda, "dtype")):
         raise TypeError(f"ridge_lambda must be a real number or an array, got {type(ridge_lambda).__name__}")
-    if not number and not any(jnp.issubdtype(ridge_lambda.dtype, kind) for kind in (jnp.floating, jnp.integer)):
-        raise TypeError(f"ridge_lambda must be real, got dtype {ridge_lambda.dtype}")
+    if not number and str(ridge_lambda.dtype) not in _DTYPES and not jnp.issubdtype(ridge_lambda.dtype, jnp.integer):
+        raise TypeError(f"ridge_lambda must be real, {', '.join(_DTYPES)} or integer, got dtype {ridge_lambda.dtype}")
     # what is known now is checked now, in the dtype that it is used in, where a tiny number may be 0
-    known = np.asarray(ridge_lambda, dtype) if number or isinstance(ridge_lambda, np.ndarray | np.generic) else None
+    if number:
+        ridge_lambda = _as_float("ridge_lambda", ridge_lambda)
+    known = None
+    if number or isinstance(ridge_lambda, np.ndarray | np.generic):
+        with np.errstate(over="ignore"):  # beyond float32's range is infinite: softmax attention
+            known = np.asarray(ridge_lambda).astype(dtype)
     if known is not None and not np.all(known > 0):
         what = "an array whose minimum is " if known.ndim else ""
         raise ValueError(f"ridge_lambda must be > 0 (in {dtype.name}), got {what}{np.asarray(ridge_lambda).min()}")
@@ -293,17 +298,30 @@ def _check_ridge(ridge_lambda: Any, query: Array) -> Array:
             f"ridge_lambda of shape {shape} does not broadcast to {axes} = {target}"
             + (f"; a ridge per token has shape {(*shape, 1)}" if shape == target[:2] and query.ndim == 4 else "")
         )
-    return jnp.broadcast_to(jnp.asarray(ridge_lambda).astype(dtype), target)
+    return jnp.broadcast_to(jnp.asarray(ridge_lambda if known is None else known).astype(dtype), target)
+
+
+def _default_max_iters(query: Array) -> int:
+    """In exact arithmetic D steps are enough. Rounding costs more, the more digits are asked for: in float64 up to 3 D
+    were seen (peaky keys, ridge 0.01)."""
+    return max(32, (4 if query.dtype == jnp.float64 else 2) * query.shape[-1])
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def _as_float(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large for a float") from None
+
+
 def _check_number(name: str, value: Any, minimum: float = 0.0) -> float:
     if not _is_number(value):
         raise TypeError(f"{name} must be a Python number, known at trace time, got {type(value).__name__}")
-    value = float(value)
+    value = _as_float(name, value)
     if not (math.isfinite(value) and value >= minimum):
         allowed = "finite" if minimum == -math.inf else f"finite and >= {minimum:g}"
         raise ValueError(f"{name} must be {allowed}, got {value!r}")

@@ -32,16 +32,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from flashlla_jax import conjugate_gradient
-from flashlla_jax.interface import Options, Residuals, accumulation_dtype, visible_keys
+from flashlla_jax.interface import Options, Residuals, accumulation_dtype, usable_ridge, visible_keys
 
 # Rows of a query block (times the query heads that share a key head) and of a key block. Measured on 2 CPU cores by
 # benchmarks/xla.py: larger blocks waste more on the diagonal, smaller ones spend more on loop overhead.
 _QUERY_BLOCK = 128
 _KEY_BLOCK = 128
-
-# Beyond this the solution of (A + lambda I) x = m is below the rounding of 1 - kc.x, and lambda |p|^2 might overflow;
-# a larger (or infinite) ridge gives the same result as this one: softmax attention.
-_LARGEST_RIDGE = 1e15
 
 
 class _Queries(NamedTuple):
@@ -127,11 +123,10 @@ def _cut(query: Array, key: Array, value: Array, lam: Array, options: Options) -
     origin = jnp.take(sums, first - 1, axis=1) / first[None, :, None, None].astype(dtype)  # (B, I, K, D)
     origin = jnp.moveaxis(origin, 1, 0).reshape(queries.count, -1, 1, key.shape[-1])
 
-    lam = jnp.minimum(jnp.where(lam > 0, lam, jnp.nan), _LARGEST_RIDGE)
     return (
         _Queries(
             q=queries.cut(query).astype(dtype),
-            lam=queries.cut(lam).astype(dtype),
+            lam=queries.cut(usable_ridge(lam)).astype(dtype),
             visible=jnp.tile(visible, (1, queries.group)),
             origin=origin,
         ),

@@ -58,3 +58,13 @@ def visible_keys(query_length: int, key_length: int, is_causal: bool) -> jax.Arr
     if not is_causal:
         return jnp.full(query_length, key_length, jnp.int32)
     return jnp.arange(query_length, dtype=jnp.int32) + (key_length - query_length + 1)
+
+
+# Beyond this the solution of (A + lambda I) x = m is below the rounding of 1 - kc.x, and lambda |p|^2 might overflow;
+# a larger (or infinite) ridge gives the same result as this one: softmax attention.
+_LARGEST_RIDGE = 1e15
+
+
+def usable_ridge(ridge_lambda: jax.Array) -> jax.Array:
+    """The ridge that an iterative solve works with: NaN where it is not positive, and finite where it is infinite."""
+    return jnp.minimum(jnp.where(ridge_lambda > 0, ridge_lambda, jnp.nan), _LARGEST_RIDGE)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flashlla_jax.interface import Options, Residuals, accumulation_dtype, visible_keys
+from flashlla_jax.interface import Options, Residuals, accumulation_dtype, usable_ridge, visible_keys
 
 
 def _by_head(x: Array, heads: int) -> Array:
@@ -36,13 +36,13 @@ def _logits(q: Array, k: Array, options: Options) -> Array:
 
 
 def _canonical(query: Array, key: Array, value: Array, ridge_lambda: Array) -> tuple[Array, Array, Array, Array]:
-    """Heads first, in the accumulation dtype; a ridge that is not positive becomes NaN."""
+    """Heads first, in the accumulation dtype."""
     dtype = accumulation_dtype(query.dtype)
     heads = query.shape[2]
     q = jnp.moveaxis(query, 2, 1).astype(dtype)
     k, v = (_by_head(x, heads).astype(dtype) for x in (key, value))
     lam = jnp.moveaxis(ridge_lambda, 2, 1).astype(dtype)
-    return q, k, v, jnp.where(lam > 0, lam, jnp.nan)
+    return q, k, v, usable_ridge(lam)
 
 
 def attention(
