@@ -41,7 +41,7 @@ def main() -> None:
         for ridge in RIDGES:
             lam = jnp.full(shape.ridge, ridge, "float64" if args.dtype == "float64" else "float32")
             expected = truth(inputs, lam)
-            got = evaluate(inputs, lam, implementation=args.implementation, **options)
+            got = evaluate(inputs, lam, implementation=args.implementation, **options)  # type: ignore[arg-type]
             errors = [f"{relative_error(got[name], expected[name]):8.1e}" for name in names]
             row = f"{kind:>14} {ridge:7g}  " + " ".join(errors)
             if args.dtype == "float32":
