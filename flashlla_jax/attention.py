@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import numbers
 import operator
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, get_args, overload
 
 import jax
@@ -16,6 +18,7 @@ from jaxtyping import Array, Float
 
 from flashlla_jax import blockwise, reference
 from flashlla_jax.interface import Options, Residuals, accumulation_dtype
+from flashlla_jax.kernels import attention as kernels
 
 Implementation = Literal["triton", "xla", "reference"]
 
@@ -124,8 +127,9 @@ def lla_attention(
         cg_use_preconditioner: Whether to precondition the solves with the diagonal of A (Jacobi).
         precision: None, a ``jax.lax.Precision`` or its name. None is JAX's ``jax_default_matmul_precision`` where that
             is set, else DEFAULT.
-        implementation: ``"triton"`` (NVIDIA GPU), ``"xla"`` (any platform, O(S D) memory), ``"reference"`` (dense, for
-            tests), or None for the best that runs here. A named one is used or refused, never replaced.
+        implementation: ``"xla"`` (any platform, O(S D) memory), ``"triton"`` (NVIDIA GPU, experimental),
+            ``"reference"`` (dense, for tests), or None for ``default_implementation()``. A named one is used or
+            refused, never replaced.
         return_residuals: Whether to return ``(o, residuals)``, residuals being a
             :class:`~flashlla_jax.Residuals` (omega, logsumexp, iterations, residual_norm) of constants.
 
@@ -152,7 +156,7 @@ def lla_attention(
         cg_use_preconditioner=_check_flag("cg_use_preconditioner", cg_use_preconditioner),
         precision=_check_precision(precision),
     )
-    attend = _implementation(implementation)
+    attend = _implementation(implementation, query, value)
 
     if query.ndim == 4:
         o, residuals = attend(query, key, value, ridge_lambda, options)
@@ -205,11 +209,30 @@ def lla_attention_and_omega(
 
 
 def default_implementation() -> Implementation:
-    """The implementation that ``implementation=None`` stands for on JAX's default backend."""
+    """The implementation that ``implementation=None`` stands for: ``"xla"`` in this version.
+
+    The Triton kernels are opt-in, ``implementation="triton"``, until their GPU test suite has been run whole.
+    """
     return "xla"
 
 
-def _implementation(name: str | None) -> Callable[..., Any]:
+@cache
+def _no_triton() -> str | None:
+    """Why the Triton kernels cannot run on JAX's default backend, or None."""
+    try:
+        importlib.import_module("jax_triton")
+    except ImportError as error:
+        return f"jax-triton cannot be imported ({error})"
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
+        return f"it needs an NVIDIA GPU, JAX's default device is {device.device_kind} ({device.platform})"
+    capability = getattr(device, "compute_capability", "0")
+    if float(capability) < 8.0:
+        return f"it needs an NVIDIA GPU of compute capability 8.0 or more, this one has {capability}"
+    return None
+
+
+def _implementation(name: str | None, query: Array, value: Array) -> Callable[..., Any]:
     if name is None:
         name = default_implementation()
     if name == "xla":
@@ -217,9 +240,13 @@ def _implementation(name: str | None) -> Callable[..., Any]:
     if name == "reference":
         return reference.attention
     if name == "triton":
-        raise NotImplementedError(
-            'implementation="triton" is not available in this version; implementation="xla" runs on every platform'
-        )
+        reason = kernels.refusal(query, value) or _no_triton()
+        if reason:
+            raise NotImplementedError(
+                f'implementation="triton" cannot serve this call: {reason}. '
+                'implementation="xla" runs on every platform, and None picks the best that runs'
+            )
+        return kernels.attention
     allowed = ", ".join(map(repr, get_args(Implementation)))
     raise ValueError(f"implementation must be one of {allowed} or None, got {name!r}")
 

@@ -320,9 +320,10 @@ def _backward_block(
     return dq, dlam, grads
 
 
-def _forward(
+def forward(
     query: Array, key: Array, value: Array, ridge_lambda: Array, options: Options
 ) -> tuple[tuple[Array, Residuals], _Saved]:
+    """``((o, residuals), saved)``: the forward pass, and what ``backward`` needs of it."""
     tol = _tolerances(query.dtype, options)
     queries, keys = _cut(query, key, value, ridge_lambda, options)
 
@@ -334,26 +335,10 @@ def _forward(
     return (join(o).astype(query.dtype), Residuals(*map(join, residuals))), saved
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attention(
-    query: Float[Array, "B T N D"],
-    key: Float[Array, "B S K D"],
-    value: Float[Array, "B S K Dv"],
-    ridge_lambda: Float[Array, "B T N"],
-    options: Options,
-) -> tuple[Float[Array, "B T N Dv"], Residuals]:
-    """Local Linear Attention and its exact gradient in O(S D) memory."""
-    return _forward(query, key, value, ridge_lambda, options)[0]
-
-
-def _attention_fwd(query: Array, key: Array, value: Array, ridge_lambda: Array, options: Options):
-    out, saved = _forward(query, key, value, ridge_lambda, options)
-    return out, (query, key, value, ridge_lambda, saved)
-
-
-def _attention_bwd(options: Options, kept, cotangents):
-    query, key, value, ridge_lambda, saved = kept
-    g, _ = cotangents  # the residuals are constants
+def backward(
+    query: Array, key: Array, value: Array, ridge_lambda: Array, saved: _Saved, g: Array, options: Options
+) -> tuple[Array, Array, Array, Array]:
+    """``(dquery, dkey, dvalue, dridge_lambda)`` for the cotangent g of the output."""
     tol = _tolerances(query.dtype, options)
     queries, keys = _cut(query, key, value, ridge_lambda, options)
     query_layout, key_layout = _layouts(query, key)
@@ -371,6 +356,29 @@ def _attention_bwd(options: Options, kept, cotangents):
         key_layout.join(grads.v).astype(value.dtype),
         query_layout.join(dlam).astype(ridge_lambda.dtype),
     )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attention(
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K Dv"],
+    ridge_lambda: Float[Array, "B T N"],
+    options: Options,
+) -> tuple[Float[Array, "B T N Dv"], Residuals]:
+    """Local Linear Attention and its exact gradient in O(S D) memory."""
+    return forward(query, key, value, ridge_lambda, options)[0]
+
+
+def _attention_fwd(query: Array, key: Array, value: Array, ridge_lambda: Array, options: Options):
+    out, saved = forward(query, key, value, ridge_lambda, options)
+    return out, (query, key, value, ridge_lambda, saved)
+
+
+def _attention_bwd(options: Options, kept, cotangents):
+    query, key, value, ridge_lambda, saved = kept
+    g, _ = cotangents  # the residuals are constants
+    return backward(query, key, value, ridge_lambda, saved, g, options)
 
 
 attention.defvjp(_attention_fwd, _attention_bwd)

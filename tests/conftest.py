@@ -1,11 +1,16 @@
 """float64 is on for every test (the reference is float64), and nothing is promoted or broadcast by accident."""
 
+import os
+
 import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# run by test_interpreted.py, in a process where Triton interprets
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -35,7 +35,16 @@ class ImplementationTests:
 
     implementation: str
     dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16", "float16")
-    shapes: tuple[Shape, ...] = SHAPES
+    shapes: tuple[Shape, ...] = SHAPES  # of test_shapes
+    kind_shapes: tuple[Shape, ...] = KIND_SHAPES  # of test_accuracy
+    ridges: tuple[float, ...] = RIDGES
+    length: int = 300  # of the longest sequence below; the others are in proportion
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """The subclass's own shapes."""
+        if "shape" in metafunc.fixturenames:
+            shapes = self.kind_shapes if metafunc.definition.originalname == "test_accuracy" else self.shapes
+            metafunc.parametrize("shape", shapes, ids=str)
 
     def evaluate(self, inputs: Inputs, ridge: jax.Array, **kwargs: Any) -> dict[str, jax.Array]:
         return evaluate(inputs, ridge, implementation=self.implementation, **kwargs)
@@ -71,17 +80,15 @@ class ImplementationTests:
         return lines
 
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("shape", KIND_SHAPES, ids=str)
     def test_accuracy(self, shape: Shape, kind: str) -> None:
         lines = []
         for dtype in self.dtypes:
             inputs = draw(shape, dtype, kind)
-            for ridge in RIDGES:
+            for ridge in self.ridges:
                 lam = jnp.full(shape.ridge, ridge, "float64" if dtype == "float64" else "float32")
                 lines += self.failures(inputs, lam, kind, ridge, is_causal=shape.is_causal)
         assert not lines, "\n".join(lines)
 
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_shapes(self, shape: Shape) -> None:
         """Any length, grouping and dimension: as accurate as the iid case of the same dtype."""
         dtype = "float64" if "float64" in self.dtypes else "float32"
@@ -94,16 +101,19 @@ class ImplementationTests:
     @pytest.mark.parametrize("preconditioned", [False, True])
     def test_preconditioner_and_scale(self, preconditioned: bool) -> None:
         """qk_scale and the preconditioner change the path, not the accuracy."""
-        shape = Shape(queries=90, keys=90, heads=2, kv_heads=1, dim=16, value_dim=16)
+        length = 3 * self.length // 10
+        shape = Shape(queries=length, keys=length, heads=2, kv_heads=1, dim=16, value_dim=16)
         inputs = draw(shape, "float32", "anisotropic", seed=3)
         lam = jnp.full(shape.ridge, 0.1, jnp.float32)
         lines = self.failures(inputs, lam, "anisotropic", 0.1, qk_scale=0.7, cg_use_preconditioner=preconditioned)
         assert not lines, "\n".join(lines)
 
-    @pytest.mark.parametrize("ridge_shape", [(), (2,), (1, 60, 1), (60, 2), (3, 1, 1), (3, 60, 2)], ids=str)
-    def test_ridge_layouts(self, ridge_shape: tuple[int, ...]) -> None:
+    @pytest.mark.parametrize("ridge_shape", [(), (2,), (1, "T", 1), ("T", 2), (3, 1, 1), (3, "T", 2)], ids=str)
+    def test_ridge_layouts(self, ridge_shape: tuple[int | str, ...]) -> None:
         """Scalar, per head, per token, per batch, all: the value and, summed over what was broadcast, the gradient."""
-        shape = Shape(batch=3, queries=60, keys=60, heads=2, kv_heads=2)
+        length = self.length // 5
+        ridge_shape = tuple(length if n == "T" else n for n in ridge_shape)
+        shape = Shape(batch=3, queries=length, keys=length, heads=2, kv_heads=2)
         inputs = draw(shape, "float32", seed=4)
         lam = jnp.asarray(np.random.default_rng(5).uniform(0.5, 3.0, ridge_shape), jnp.float32)
         lines = self.failures(inputs, lam)
@@ -130,7 +140,7 @@ class ImplementationTests:
         assert not lines, "\n".join(lines)
 
     def test_residuals(self) -> None:
-        shape = Shape(batch=2, queries=70, keys=90, heads=4, kv_heads=2)
+        shape = Shape(batch=2, queries=7 * self.length // 30, keys=3 * self.length // 10, heads=4, kv_heads=2)
         inputs = draw(shape, "float32", "shifted", seed=8)
         kwargs = {"ridge_lambda": 0.5, "return_residuals": True}
         o, residuals = lla_attention(*inputs[:3], implementation=self.implementation, **kwargs)
@@ -190,16 +200,17 @@ class ImplementationTests:
 
     def test_hidden_keys_do_not_matter(self) -> None:
         """Causal: other values of the later keys leave earlier outputs the same bits."""
-        shape = Shape(queries=300, keys=300)
+        shape = Shape(queries=self.length, keys=self.length)
         inputs = draw(shape, "float32")
         lam = jnp.ones(shape.ridge, jnp.float32)
-        changed = inputs._replace(k=inputs.k.at[:, 290:].mul(-100), v=inputs.v.at[:, 290:].add(7))
+        cut = self.length - 10
+        changed = inputs._replace(k=inputs.k.at[:, cut:].mul(-100), v=inputs.v.at[:, cut:].add(7))
         before, after = self.evaluate(inputs, lam)["o"], self.evaluate(changed, lam)["o"]
-        np.testing.assert_array_equal(before[:, :290], after[:, :290])
+        np.testing.assert_array_equal(before[:, :cut], after[:, :cut])
 
     def test_repeatable(self) -> None:
         """The same inputs give the same bits, outputs and gradients."""
-        shape = Shape(batch=2, queries=150, keys=150, heads=2, kv_heads=1)
+        shape = Shape(batch=2, queries=self.length // 2, keys=self.length // 2, heads=2, kv_heads=1)
         inputs = draw(shape, "float32")
         lam = jnp.full(shape.ridge, 0.1, jnp.float32)
         first, second = self.evaluate(inputs, lam), self.evaluate(inputs, lam)

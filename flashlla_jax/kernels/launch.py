@@ -1,0 +1,68 @@
+"""How the kernels are launched: tile shapes, warps and pipeline stages, and the one call into jax-triton."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Launch(NamedTuple):
+    """Queries and keys per tile, warps per program, and depth of the software pipeline."""
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+
+# By (kernel, bytes of a product's operand) and padded head dimension, the larger of the key's and the value's.
+_TABLE: dict[tuple[str, int], dict[int, Launch]] = {
+    ("forward", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 4, 3), 256: Launch(64, 32, 4, 2)},
+    ("query", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 4, 3), 256: Launch(64, 32, 4, 1)},
+    ("key", 2): {64: Launch(32, 64, 4, 3), 128: Launch(32, 128, 8, 2), 256: Launch(32, 64, 4, 1)},
+    ("forward", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(16, 16, 4, 1)},
+    ("query", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 8, 1), 256: Launch(16, 16, 4, 1)},
+    ("key", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 8, 1), 256: Launch(16, 16, 4, 1)},
+}
+
+
+def launch(kernel: str, operand_bytes: int, padded_dim: int) -> Launch:
+    rows = _TABLE[kernel, operand_bytes]
+    return rows[max(64, padded_dim)]
+
+
+def call(
+    kernel: Any,
+    grid: int,
+    arrays: tuple[jax.Array, ...],
+    lengths: tuple[int, int],
+    out_shapes: tuple[jax.ShapeDtypeStruct, ...],
+    shape: Launch,
+    constants: dict[str, Any],
+) -> tuple[jax.Array, ...]:
+    """Runs a kernel whose parameters are ``arrays``, ``lengths``, the outputs, then ``constants`` by keyword.
+
+    In that order, and with every constexpr given, jax-triton 0.3 and 0.4 agree.
+    """
+    import jax_triton as jt
+
+    out = (
+        {"out_shape": out_shapes}
+        if tuple(map(int, jt.__version__.split(".")[:2])) < (0, 4)
+        else {"out_type": out_shapes}
+    )
+    return tuple(
+        jt.triton_call(
+            *arrays,
+            *lengths,
+            kernel=kernel,
+            grid=(grid,),
+            num_warps=shape.num_warps,
+            num_stages=shape.num_stages,
+            BM=shape.BM,
+            BN=shape.BN,
+            **out,
+            **constants,
+        )
+    )

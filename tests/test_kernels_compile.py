@@ -1,0 +1,160 @@
+"""Compiles entries of the launch table for GPUs that are not here: do they fit, and do the tensor cores run freely?
+
+What is compiled is what jax-triton launches: the kernel and its constants come from the call that ``launch.call`` would
+make, and pointers are aligned to 16 bytes. The PTX goes through the assembler that Triton brings, whose log says what
+the kernel takes. Runs without a GPU.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from flashlla_jax.interface import Options
+from flashlla_jax.kernels import attention, launch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+# The most that one block may have: the CUDA programming guide's 227 KiB on Hopper and Blackwell, 163 KiB on A100.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+KERNELS = ("forward", "query", "key")
+
+
+class Entry(NamedTuple):
+    """One entry of the launch table, on one architecture."""
+
+    capability: int
+    kernel: str
+    dtype: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"sm_{self.capability}-{self.kernel}-{self.dtype}-D{self.dim}"
+
+
+class Report(NamedTuple):
+    """What the compiled kernel takes, per thread in bytes (registers: their number), and the assembler's log."""
+
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    shared_memory: int
+    log: str
+
+    @property
+    def serialised(self) -> list[str]:
+        """The assembler's warnings that the tensor cores' instructions wait for each other, at twice the time."""
+        return re.findall(r"\((C\d+)\) Potential Performance Loss: wgmma", self.log)
+
+
+# Every entry that the figures in the README rest on, float32 at the usual head dimension, and the oldest GPU.
+ENTRIES = [
+    *(Entry(90, kernel, "bfloat16", dim) for dim in (64, 128) for kernel in KERNELS),
+    *(Entry(90, kernel, "float32", 64) for kernel in KERNELS),
+    *(Entry(80, kernel, "bfloat16", 64) for kernel in KERNELS),
+]
+
+
+@cache
+def launches(dtype: str, dim: int) -> dict[str, tuple[Any, ...]]:
+    """The arguments of each ``launch.call`` of a causal forward and backward pass, by kernel."""
+    calls = {}
+
+    def call(kernel: Any, grid: int, arrays: Any, lengths: Any, out_shapes: Any, shape: Any, constants: Any) -> Any:
+        calls[kernel.__name__.removesuffix("_kernel")] = (kernel, arrays, out_shapes, shape, constants)
+        return tuple(jnp.zeros(out.shape, out.dtype) for out in out_shapes)
+
+    def gradients(*args: jax.Array) -> Any:
+        options = Options(True, dim**-0.5, 1e-12, None, None, 2 * dim, False, lax.Precision.DEFAULT)
+        o, vjp, _ = jax.vjp(lambda *x: attention.attention(*x, options), *args, has_aux=True)
+        return vjp(o)
+
+    q, k = (jax.ShapeDtypeStruct((1, 1024, heads, dim), dtype) for heads in (2, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "call", call)
+        jax.eval_shape(gradients, q, k, k, jax.ShapeDtypeStruct((1, 1024, 2), jnp.float32))
+    return calls
+
+
+def prepare() -> None:
+    """In the process that compiles: no GPU, a cache of its own, and Triton ends at the PTX as in jax-triton."""
+    import triton
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    jax.config.update("jax_platforms", "cpu")
+    triton.knobs.cache.dir = tempfile.mkdtemp()
+    CUDABackend.make_cubin = lambda *_: b""
+
+
+def compile_entry(entry: Entry) -> Report:
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+
+    kernel, arrays, out_shapes, shape, constants = launches(entry.dtype, entry.dim)[entry.kernel]
+    constants = {**constants, "BM": shape.BM, "BN": shape.BN}
+    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
+    types = [f"*{short[jnp.dtype(x.dtype).name]}" for x in (*arrays, *out_shapes)]
+    types[len(arrays) : len(arrays)] = ["i32", "i32"]  # the lengths
+    names = kernel.arg_names
+    signature = dict(zip((name for name in names if name not in constants), types, strict=True))
+    signature = {name: signature.get(name, "constexpr") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    compiled = compile(
+        ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned),
+        target=GPUTarget("cuda", entry.capability, 32),
+        options={"num_warps": shape.num_warps, "num_stages": shape.num_stages},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(compiled.asm["ptx"])
+        target = f"sm_{entry.capability}{'a' if entry.capability >= 90 else ''}"
+        command = [get_ptxas(entry.capability).path, "-v", f"--gpu-name={target}", str(ptx), "-o", f"{folder}/kernel.o"]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    log = run.stdout + run.stderr
+    if run.returncode:
+        raise RuntimeError(f"the assembler failed on {entry}:\n{log}")
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert registers, log
+    assert spills, log
+    return Report(int(registers[1]), int(spills[1]), int(spills[2]), compiled.metadata.shared, log)
+
+
+@pytest.fixture(scope="module")
+def report(request: pytest.FixtureRequest) -> Iterator[Callable[[Entry], Report]]:
+    """Compiles the entries of the selected tests, two at a time, each once."""
+    items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    entries = dict.fromkeys(item.callspec.params["entry"] for item in items if hasattr(item, "callspec"))
+    # processes that are started anew: a fork of one with JAX's threads may hang
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), prepare) as pool:
+        futures = {entry: pool.submit(compile_entry, entry) for entry in entries}
+        try:
+            yield lambda entry: futures[entry].result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=str)
+def test_fits(entry: Entry, report: Callable[[Entry], Report]) -> None:
+    taken, limit = report(entry).shared_memory, SHARED_MEMORY[entry.capability]
+    assert taken <= limit, f"{entry} takes {taken} bytes of shared memory, {limit} is the most"
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.capability == 90 and e.dtype == "bfloat16"], ids=str)
+def test_tensor_cores_are_not_serialised(entry: Entry, report: Callable[[Entry], Report]) -> None:
+    assert not report(entry).serialised, report(entry).log

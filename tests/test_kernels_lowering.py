@@ -1,0 +1,86 @@
+"""Lowers the kernels for CUDA on a host without a GPU: what jax-triton, JAX and Triton must agree on to launch them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from flashlla_jax.interface import Options
+from flashlla_jax.kernels import attention
+from tests.cases import Shape
+
+try:
+    import jax_triton
+    from jaxlib import gpu_triton
+except ImportError as error:  # jax-triton 0.3 without JAX's CUDA plugin
+    pytest.skip(f"jax-triton cannot be imported here: {error}", allow_module_level=True)
+if not hasattr(gpu_triton, "TritonKernel"):  # jax-triton 0.4 finds out when it lowers
+    pytest.skip("jax-triton needs JAX's CUDA plugin to lower", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """jax-triton asks the GPU for its compute capability unless it is told one."""
+    monkeypatch.setattr(jax_triton, "triton_call", partial(jax_triton.triton_call, compute_capability=90))
+
+
+def arguments(shape: Shape, dtype: str) -> tuple[jax.ShapeDtypeStruct, ...]:
+    lengths = ((shape.queries, shape.heads, shape.dim), (shape.keys, shape.kv_heads, shape.dim))
+    lengths = (*lengths, (shape.keys, shape.kv_heads, shape.value_dim))
+    ridge = jax.ShapeDtypeStruct(shape.ridge, jnp.float32)
+    return (*(jax.ShapeDtypeStruct((shape.batch, *x), dtype) for x in lengths), ridge)
+
+
+def forward(shape: Shape) -> Callable[..., Any]:
+    options = Options(shape.is_causal, shape.dim**-0.5, 1e-12, None, None, 2 * shape.dim, False, lax.Precision.DEFAULT)
+    return lambda *args: attention.attention(*args, options)[0]
+
+
+def gradients(shape: Shape) -> Callable[..., Any]:
+    def run(*args: jax.Array) -> Any:
+        o, vjp = jax.vjp(forward(shape), *args)
+        return o, vjp(o)
+
+    return run
+
+
+def kernels(f: Callable[..., Any], *args: Any) -> int:
+    """How many Triton kernels the program launches on CUDA."""
+    text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    return text.count("@triton_kernel_call")
+
+
+SMALL = Shape(queries=100, keys=130, heads=2, kv_heads=1, dim=24, value_dim=40)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (Shape(batch=2, queries=256, keys=256, heads=4, kv_heads=2, dim=64, value_dim=64), "bfloat16"),
+        (SMALL, "float32"),
+        (Shape(queries=1, keys=1, is_causal=False), "float16"),
+    ],
+    ids=str,
+)
+def test_forward_and_backward(shape: Shape, dtype: str) -> None:
+    args = arguments(shape, dtype)
+    assert kernels(forward(shape), *args) == 1
+    assert kernels(gradients(shape), *args) == 3
+
+
+def test_vmap_launches_no_more() -> None:
+    args = [jax.ShapeDtypeStruct((5, *x.shape), x.dtype) for x in arguments(SMALL, "float32")]
+    assert kernels(jax.vmap(gradients(SMALL)), *args) == 3
+
+
+def test_checkpoint_repeats_the_forward_pass() -> None:
+    def loss(*args: jax.Array) -> jax.Array:
+        return jnp.sum(jax.checkpoint(forward(SMALL))(*args))
+
+    assert kernels(jax.grad(loss, argnums=(0, 1, 2, 3)), *arguments(SMALL, "float32")) in (3, 4)
