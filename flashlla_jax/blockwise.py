@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -32,7 +31,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from flashlla_jax import conjugate_gradient
-from flashlla_jax.interface import Options, Residuals, accumulation_dtype, usable_ridge, visible_keys
+from flashlla_jax.interface import Options, Residuals, accumulation_dtype, differentiable, usable_ridge, visible_keys
 
 # Rows of a query block (times the query heads that share a key head) and of a key block. Measured on 2 CPU cores by
 # benchmarks/xla.py: larger blocks waste more on the diagonal, smaller ones spend more on loop overhead.
@@ -358,27 +357,5 @@ def backward(
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attention(
-    query: Float[Array, "B T N D"],
-    key: Float[Array, "B S K D"],
-    value: Float[Array, "B S K Dv"],
-    ridge_lambda: Float[Array, "B T N"],
-    options: Options,
-) -> tuple[Float[Array, "B T N Dv"], Residuals]:
-    """Local Linear Attention and its exact gradient in O(S D) memory."""
-    return forward(query, key, value, ridge_lambda, options)[0]
-
-
-def _attention_fwd(query: Array, key: Array, value: Array, ridge_lambda: Array, options: Options):
-    out, saved = forward(query, key, value, ridge_lambda, options)
-    return out, (query, key, value, ridge_lambda, saved)
-
-
-def _attention_bwd(options: Options, kept, cotangents):
-    query, key, value, ridge_lambda, saved = kept
-    g, _ = cotangents  # the residuals are constants
-    return backward(query, key, value, ridge_lambda, saved, g, options)
-
-
-attention.defvjp(_attention_fwd, _attention_bwd)
+# Local Linear Attention and its exact gradient in O(S D) memory.
+attention = differentiable(forward, backward)

@@ -7,8 +7,10 @@ accumulation dtype, with K dividing N. ``attention.py`` has checked the argument
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +48,32 @@ class Residuals(NamedTuple):
     logsumexp: jax.Array
     iterations: jax.Array
     residual_norm: jax.Array
+
+
+def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation whose passes these are, paired in a ``jax.custom_vjp``; the residuals count as constants.
+
+    Args:
+        forward: ``(query, key, value, ridge_lambda, options) -> ((o, residuals), saved)``.
+        backward: ``(query, key, value, ridge_lambda, saved, g, options) -> (dquery, dkey, dvalue, dridge_lambda)``, g
+            being the cotangent of o.
+    """
+
+    @partial(jax.custom_vjp, nondiff_argnums=(4,))
+    def attention(query: Any, key: Any, value: Any, ridge_lambda: Any, options: Options) -> Any:
+        return forward(query, key, value, ridge_lambda, options)[0]
+
+    def attention_fwd(query: Any, key: Any, value: Any, ridge_lambda: Any, options: Options) -> Any:
+        out, saved = forward(query, key, value, ridge_lambda, options)
+        return out, (query, key, value, ridge_lambda, saved)
+
+    def attention_bwd(options: Options, kept: Any, cotangents: Any) -> Any:
+        query, key, value, ridge_lambda, saved = kept
+        g, _ = cotangents
+        return backward(query, key, value, ridge_lambda, saved, g, options)
+
+    attention.defvjp(attention_fwd, attention_bwd)
+    return attention
 
 
 def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from flashlla_jax.interface import Options, Residuals, usable_ridge
+from flashlla_jax.interface import Options, Residuals, differentiable, usable_ridge
 from flashlla_jax.kernels import launch as launching
 
 _LOG2_E = math.log2(math.e)
@@ -260,27 +260,5 @@ def refusal(query: Array, value: Array) -> str | None:
     return None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attention(
-    query: Float[Array, "B T N D"],
-    key: Float[Array, "B S K D"],
-    value: Float[Array, "B S K Dv"],
-    ridge_lambda: Float[Array, "B T N"],
-    options: Options,
-) -> tuple[Float[Array, "B T N Dv"], Residuals]:
-    """Local Linear Attention by fused Triton kernels, with its exact gradient."""
-    return forward(query, key, value, ridge_lambda, options)[0]
-
-
-def _attention_fwd(query: Array, key: Array, value: Array, ridge_lambda: Array, options: Options):
-    out, saved = forward(query, key, value, ridge_lambda, options)
-    return out, (query, key, value, ridge_lambda, saved)
-
-
-def _attention_bwd(options: Options, kept, cotangents):
-    query, key, value, ridge_lambda, saved = kept
-    g, _ = cotangents  # the residuals are constants
-    return backward(query, key, value, ridge_lambda, saved, g, options)
-
-
-attention.defvjp(_attention_fwd, _attention_bwd)
+# Local Linear Attention by fused Triton kernels, with its exact gradient.
+attention = differentiable(forward, backward)

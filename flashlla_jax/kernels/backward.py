@@ -151,8 +151,8 @@ def query_kernel(
                                     parts, KSTRIDE, VSTRIDE, D, DV, CAUSAL, SPLIT_BELOW == float("inf"), PRECISION,
                                     UPCAST, BM, BN, DP, DVP)  # fmt: skip
     u, u_defect, _, _ = solve(y, Q, k_base, origin, kbar, lse, lam, m0, T, S, whole, end, SCALE, split, KSTRIDE, D,
-                              CAUSAL, RTOL, ATOL,
-                    MAX_ITERS, PRECONDITION, SPLIT_BELOW, PRECISION, UPCAST, BM, BN, DP)  # fmt: skip
+                              CAUSAL, RTOL, ATOL, MAX_ITERS, PRECONDITION, SPLIT_BELOW, PRECISION, UPCAST, BM, BN,
+                              DP)  # fmt: skip
 
     x_hi = load_tile(head_base(x_hi_ptr, batch, T, head, HEADS, D), m0, T, QSTRIDE, D, BM, DP, True, UPCAST)
     u_hi = as_operand(-u, Q.dtype, PRECISION)
@@ -184,15 +184,10 @@ def query_kernel(
     store_rows(c0_ptr + row_base, c0, m0, T, HEADS, BM)
     store_rows(weight_lse_ptr + row_base, lse - tl.math.log2(damping), m0, T, HEADS, BM)
 
-    if HALVES:
-        if with_low:
-            acc = query_gradient(Q, G, x_hi, x_lo, u_hi, u_lo, a0, b0, c0, lse, kbar, k_base, origin, v_base, m0, T,
-                                 S, whole, end, SCALE, KSTRIDE, VSTRIDE, D, DV, CAUSAL, True, PRECISION, UPCAST, BM,
-                                 BN, DP, DVP)  # fmt: skip
-        else:
-            acc = query_gradient(Q, G, x_hi, x_lo, u_hi, u_lo, a0, b0, c0, lse, kbar, k_base, origin, v_base, m0, T,
-                                 S, whole, end, SCALE, KSTRIDE, VSTRIDE, D, DV, CAUSAL, False, PRECISION, UPCAST, BM,
-                                 BN, DP, DVP)  # fmt: skip
+    if with_low:
+        acc = query_gradient(Q, G, x_hi, x_lo, u_hi, u_lo, a0, b0, c0, lse, kbar, k_base, origin, v_base, m0, T, S,
+                             whole, end, SCALE, KSTRIDE, VSTRIDE, D, DV, CAUSAL, HALVES, PRECISION, UPCAST, BM, BN, DP,
+                             DVP)  # fmt: skip
     else:
         acc = query_gradient(Q, G, x_hi, x_lo, u_hi, u_lo, a0, b0, c0, lse, kbar, k_base, origin, v_base, m0, T, S,
                              whole, end, SCALE, KSTRIDE, VSTRIDE, D, DV, CAUSAL, False, PRECISION, UPCAST, BM, BN, DP,

@@ -68,7 +68,8 @@ def forward_kernel(
     k_base = head_base(k, batch, S, kv_head, KV_HEADS, D)
     v_base = head_base(v, batch, S, kv_head, KV_HEADS, DV)
     Q = load_tile(head_base(q, batch, T, head, HEADS, D), m0, T, QSTRIDE, D, BM, DP, True, UPCAST)
-    lam = load_rows(head_base(lam_ptr, batch, T, head, HEADS, 1), m0, T, HEADS, BM, 1.0)
+    row_base = batch.to(tl.int64) * T * HEADS + head
+    lam = load_rows(lam_ptr + row_base, m0, T, HEADS, BM, 1.0)
     whole, end = key_range(m0, T, S, CAUSAL, BM, BN)
     origin = load_origin(k_base, D, DP, UPCAST)
 
@@ -97,9 +98,8 @@ def forward_kernel(
     scale2 = key_scale(k_base, whole, S, KSTRIDE, D, UPCAST, BN, DP)
     split = tl.min(lam, 0) < SPLIT_BELOW * scale2
     x, defect, iterations, rr = solve(m, Q, k_base, origin, kbar, lse, lam, m0, T, S, whole, end, SCALE, split,
-                                      KSTRIDE, D, CAUSAL,
-                              RTOL, ATOL, MAX_ITERS, PRECONDITION, SPLIT_BELOW, PRECISION, UPCAST, BM, BN,
-                              DP)  # fmt: skip
+                                      KSTRIDE, D, CAUSAL, RTOL, ATOL, MAX_ITERS, PRECONDITION, SPLIT_BELOW, PRECISION,
+                                      UPCAST, BM, BN, DP)  # fmt: skip
     x = tl.where((lam == lam)[:, None], x, float("nan"))  # a bad ridge never gives a plausible number
 
     hi = as_operand(-x, Q.dtype, PRECISION)
@@ -118,7 +118,6 @@ def forward_kernel(
         a0 += defect
     damping = omega / (omega + DELTA_EPS * (1.0 + tl.sum(m * x, 1)))
 
-    row_base = batch.to(tl.int64) * T * HEADS + head
     store_rows(lse_ptr + row_base, lse, m0, T, HEADS, BM)
     if UPCAST and PRECISION != "tf32":
         store_rows(defect_ptr + row_base, defect, m0, T, HEADS, BM)
@@ -127,13 +126,9 @@ def forward_kernel(
     store_rows(iterations_ptr + row_base, iterations, m0, T, HEADS, BM)
     store_rows(residual_ptr + row_base, tl.sqrt(rr), m0, T, HEADS, BM)
 
-    if HALVES:
-        if with_low:
-            out = output(Q, hi, lo, a0, lse, k_base, origin, v_base, m0, T, S, whole, end, SCALE, KSTRIDE, VSTRIDE, D,
-                         DV, CAUSAL, True, PRECISION, UPCAST, BM, BN, DP, DVP)  # fmt: skip
-        else:
-            out = output(Q, hi, lo, a0, lse, k_base, origin, v_base, m0, T, S, whole, end, SCALE, KSTRIDE, VSTRIDE, D,
-                         DV, CAUSAL, False, PRECISION, UPCAST, BM, BN, DP, DVP)  # fmt: skip
+    if with_low:
+        out = output(Q, hi, lo, a0, lse, k_base, origin, v_base, m0, T, S, whole, end, SCALE, KSTRIDE, VSTRIDE, D, DV,
+                     CAUSAL, HALVES, PRECISION, UPCAST, BM, BN, DP, DVP)  # fmt: skip
     else:
         out = output(Q, hi, lo, a0, lse, k_base, origin, v_base, m0, T, S, whole, end, SCALE, KSTRIDE, VSTRIDE, D, DV,
                      CAUSAL, False, PRECISION, UPCAST, BM, BN, DP, DVP)  # fmt: skip
