@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from flashlla_jax import blockwise, reference
+from flashlla_jax import blockwise, dispatch, reference
 from flashlla_jax.interface import Options, Residuals, accumulation_dtype
 from flashlla_jax.kernels import attention as kernels
 
@@ -123,13 +123,13 @@ def lla_attention(
         cg_atol: Floor of the squared right-hand side in the stop below. >= 0; None for 0, a purely relative stop.
         cg_rtol: A query's conjugate-gradient solve stops when ``|r|^2 <= cg_rtol * max(cg_atol, |r0|^2)``. >= 0; None
             for the value that fits the dtype and ``precision`` (see README, Numerics).
-        cg_max_iters: Most steps of a solve, >= 1; None for ``max(32, 2 D)`` (4 D in float64), a net under the stop.
+        cg_max_iters: Most steps of a solve, >= 1; None for ``max(32, 4 D)``, a net under the stop.
         cg_use_preconditioner: Whether to precondition the solves with the diagonal of A (Jacobi).
         precision: None, a ``jax.lax.Precision`` or its name. None is JAX's ``jax_default_matmul_precision`` where that
             is set, else DEFAULT.
-        implementation: ``"xla"`` (any platform, O(S D) memory), ``"triton"`` (NVIDIA GPU, experimental),
-            ``"reference"`` (dense, for tests), or None for ``default_implementation()``. A named one is used or
-            refused, never replaced.
+        implementation: ``"triton"`` (fused kernels, NVIDIA GPU of compute capability 8.0 or more), ``"xla"`` (any
+            platform, O(S D) memory), ``"reference"`` (dense, for tests), or None for the best that runs: Triton where
+            it can serve the call, XLA elsewhere. A named one is used or refused, never replaced.
         return_residuals: Whether to return ``(o, residuals)``, residuals being a
             :class:`~flashlla_jax.Residuals` (omega, logsumexp, iterations, residual_norm) of constants.
 
@@ -209,11 +209,12 @@ def lla_attention_and_omega(
 
 
 def default_implementation() -> Implementation:
-    """The implementation that ``implementation=None`` stands for: ``"xla"`` in this version.
+    """What ``implementation=None`` stands for on JAX's default device: ``"triton"`` or ``"xla"``.
 
-    The Triton kernels are opt-in, ``implementation="triton"``, until their GPU test suite has been run whole.
+    Calls that the Triton kernels cannot serve (float64, a head dimension over 256) are XLA's wherever they run, and so
+    is a program that was traced beside a GPU and is lowered for another platform.
     """
-    return "xla"
+    return "xla" if _no_triton() else "triton"
 
 
 @cache
@@ -234,7 +235,7 @@ def _no_triton() -> str | None:
 
 def _implementation(name: str | None, query: Array, value: Array) -> Callable[..., Any]:
     if name is None:
-        name = default_implementation()
+        return blockwise.attention if _no_triton() or kernels.refusal(query, value) else dispatch.attention
     if name == "xla":
         return blockwise.attention
     if name == "reference":
@@ -329,9 +330,9 @@ def _check_ridge(ridge_lambda: Any, query: Array) -> Array:
 
 
 def _default_max_iters(query: Array) -> int:
-    """In exact arithmetic D steps are enough. Rounding costs more, the more digits are asked for: in float64 up to 3 D
-    were seen (peaky keys, ridge 0.01)."""
-    return max(32, (4 if query.dtype == jnp.float64 else 2) * query.shape[-1])
+    """In exact arithmetic D steps are enough. Rounding costs more: up to 3 D were seen in float64, more than 2 D in
+    bfloat16 (peaky keys, ridge 0.01)."""
+    return max(32, 4 * query.shape[-1])
 
 
 def _is_number(value: Any) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from flashlla_jax import lla_attention
+from flashlla_jax import default_implementation, lla_attention
 from tests.cases import GRADIENTS, KINDS, RIDGES, Inputs, Shape, draw, evaluate, relative_error, truth
 from tests.implementation_tests import SHAPES, ImplementationTests
 
@@ -171,8 +171,9 @@ def test_training_follows_the_xla_path() -> None:
                 return jnp.mean(jnp.square(o.astype(jnp.float32) - targets))
 
             value, gradient = jax.value_and_grad(loss)(params)
-            updates, state = optimizer.update(gradient, state)
-            return optax.apply_updates(params, updates), state, value
+            with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+                updates, state = optimizer.update(gradient, state)
+                return optax.apply_updates(params, updates), state, value
 
         losses = []
         for _ in range(300):
@@ -195,3 +196,49 @@ def test_more_than_two_to_the_31_elements() -> None:
     o = lla_attention(q, k, v, implementation="triton", cg_max_iters=4)[-1:, :, -1:]
     expected = lla_attention(*one[:3], implementation="triton", cg_max_iters=4)
     np.testing.assert_array_equal(np.asarray(o), np.asarray(expected))
+
+
+def test_none_picks_triton() -> None:
+    """Eagerly, under jit and under grad; XLA where the kernels cannot serve."""
+    assert default_implementation() == "triton"
+    shape = Shape(queries=100, keys=100, heads=2, kv_heads=1, dim=32, value_dim=32)
+    inputs = draw(shape, "bfloat16")
+    lam = jnp.full(shape.ridge, 0.5, jnp.float32)
+    chosen, named, other = (evaluate(inputs, lam, implementation=name) for name in (None, "triton", "xla"))
+    for name in chosen:
+        np.testing.assert_array_equal(np.asarray(chosen[name]), np.asarray(named[name]), err_msg=name)
+    assert any(
+        bool((chosen[name] != other[name]).any()) for name in chosen
+    )  # else this test would not see a difference
+    eager = lla_attention(*inputs[:3], ridge_lambda=lam)
+    np.testing.assert_array_equal(np.asarray(eager), np.asarray(chosen["o"]))
+    mapped = jax.vmap(lambda q: lla_attention(q, *inputs[1:3], ridge_lambda=lam))(jnp.stack([inputs.q, inputs.q]))
+    np.testing.assert_array_equal(np.asarray(mapped[1]), np.asarray(chosen["o"]))
+    wide = draw(shape, "float64")
+    o = lla_attention(*wide[:3], ridge_lambda=lam)
+    np.testing.assert_array_equal(
+        np.asarray(o), np.asarray(lla_attention(*wide[:3], ridge_lambda=lam, implementation="xla"))
+    )
+
+
+def test_one_exported_program_runs_on_gpu_and_cpu() -> None:
+    shape = Shape(queries=100, keys=100, heads=2, kv_heads=1, dim=32, value_dim=32)
+    inputs = draw(shape, "float32")
+
+    def gradients(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        return jax.grad(lambda *x: jnp.sum(jnp.sin(lla_attention(*x, ridge_lambda=0.5))), argnums=(0, 1, 2))(q, k, v)
+
+    exported = jax.export.export(
+        jax.jit(gradients),
+        platforms=("cuda", "cpu"),
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call")],
+    )(*inputs[:3])
+    exported = jax.export.deserialize(exported.serialize())
+    on_gpu = exported.call(*inputs[:3])
+    on_cpu = exported.call(*jax.device_put(inputs[:3], jax.devices("cpu")[0]))
+    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
+        assert relative_error(ours, theirs) < 1e-2  # tf32's products against float32's
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(gradients)(*inputs[:3])
+    for theirs, truth_ in zip(on_cpu, expected, strict=True):
+        assert relative_error(theirs, truth_) < 1e-4

@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
+from flashlla_jax import blockwise, dispatch
 from flashlla_jax.interface import Options
 from flashlla_jax.kernels import attention
-from tests.cases import Shape
+from tests.cases import Shape, draw
 
 try:
     import jax_triton
@@ -84,3 +86,41 @@ def test_checkpoint_repeats_the_forward_pass() -> None:
         return jnp.sum(jax.checkpoint(forward(SMALL))(*args))
 
     assert kernels(jax.grad(loss, argnums=(0, 1, 2, 3)), *arguments(SMALL, "float32")) in (3, 4)
+
+
+def choice(*args: jax.Array) -> Any:
+    """Outputs and gradients of the implementation that is chosen when the program is lowered."""
+    options = Options(True, SMALL.dim**-0.5, 1e-12, None, None, 2 * SMALL.dim, False, lax.Precision.DEFAULT)
+    o, vjp, residuals = jax.vjp(lambda *x: dispatch.attention(*x, options), *args, has_aux=True)
+    return o, residuals, vjp(o)
+
+
+def test_one_program_lowers_to_the_kernels_on_cuda_and_to_none_elsewhere() -> None:
+    traced = jax.jit(choice).trace(*arguments(SMALL, "bfloat16"))
+    cuda, cpu = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "cpu"))
+    assert cuda.count("@triton_kernel_call") == 3
+    assert "while" not in cuda  # XLA's path loops; the kernels do so inside
+    assert cpu.count("@triton_kernel_call") == 0
+    both = traced.lower(lowering_platforms=("cpu", "cuda")).as_text()
+    assert both.count("@triton_kernel_call") == 3
+
+
+def test_the_choice_can_be_mapped() -> None:
+    args = [jax.ShapeDtypeStruct((5, *x.shape), x.dtype) for x in arguments(SMALL, "bfloat16")]
+    assert kernels(jax.vmap(choice), *args) == 3
+
+
+def test_where_there_is_no_gpu_the_choice_is_the_xla_path() -> None:
+    inputs = draw(SMALL, "float32")
+    args = (*inputs[:3], jnp.full(SMALL.ridge, 0.5, jnp.float32))
+    options = Options(True, SMALL.dim**-0.5, 1e-12, None, None, 2 * SMALL.dim, False, lax.Precision.DEFAULT)
+    o, residuals, gradients = jax.jit(choice)(*args)
+
+    def xla(*args: jax.Array) -> Any:
+        o, vjp, residuals = jax.vjp(lambda *x: blockwise.attention(*x, options), *args, has_aux=True)
+        return o, residuals, vjp(o)
+
+    for got, expected in zip(
+        jax.tree.leaves((o, residuals, gradients)), jax.tree.leaves(jax.jit(xla)(*args)), strict=True
+    ):
+        np.testing.assert_allclose(np.asarray(got), np.asarray(expected), rtol=1e-5, atol=1e-6)

@@ -16,11 +16,13 @@ from flashlla_jax.kernels.tiles import (
     key_range,
     load_keys,
     load_origin,
+    load_pairs,
     load_rows,
     load_tile,
     logits,
     one_column,
     rounded_product,
+    store_pairs,
     store_rows,
     store_tile,
 )
@@ -104,14 +106,18 @@ def query_gradient(Q, G, x_hi, x_lo, u_hi, u_lo, a0, b0, c0, lse, kbar, k_base, 
 @triton.jit
 def query_kernel(
     q, k, v, lam_ptr, x_hi_ptr, x_lo_ptr, lse_ptr, defect_ptr, damping_ptr, g, T, S,
-    dq, dlam_ptr, u_hi_ptr, u_lo_ptr, a0_ptr, b0_ptr, c0_ptr, weight_lse_ptr, low_ptr,
+    dq, dlam_ptr, u_hi_ptr, u_lo_ptr, lse_a0_ptr, b0_c0_ptr, low_ptr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
     DVP: tl.constexpr, CAUSAL: tl.constexpr, SCALE: tl.constexpr, QK_SCALE: tl.constexpr, RTOL: tl.constexpr,
-    ATOL: tl.constexpr, MAX_ITERS: tl.constexpr, PRECONDITION: tl.constexpr, HALVES: tl.constexpr,
-    SPLIT_BELOW: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    ATOL: tl.constexpr, MAX_ITERS: tl.constexpr, PRECONDITION: tl.constexpr, FINISH: tl.constexpr,
+    HALVES: tl.constexpr, SPLIT_BELOW: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dq, dlambda, and per row what the key kernel needs: u, b0 (b = gamma + b0 - u.k), c0 = lambda u.x."""
+    """dq, dlambda, and what the key kernel needs of each row: u, and four numbers in two pairs.
+
+    The pairs are the lse of its weights with a0 (a = a0 - x.k), and b0 (b = gamma + b0 - u.k) with c0 = lambda u.x;
+    they have a place for every row of the last tile.
+    """
     tiles = tl.cdiv(T, BM)
     tile = tiles - 1 - tl.program_id(0) % tiles  # the longest prefixes first
     head = tl.program_id(0) // tiles % HEADS
@@ -151,8 +157,8 @@ def query_kernel(
                                     parts, KSTRIDE, VSTRIDE, D, DV, CAUSAL, SPLIT_BELOW == float("inf"), PRECISION,
                                     UPCAST, BM, BN, DP, DVP)  # fmt: skip
     u, u_defect, _, _ = solve(y, Q, k_base, origin, kbar, lse, lam, m0, T, S, whole, end, SCALE, split, KSTRIDE, D,
-                              CAUSAL, RTOL, ATOL, MAX_ITERS, PRECONDITION, SPLIT_BELOW, PRECISION, UPCAST, BM, BN,
-                              DP)  # fmt: skip
+                              CAUSAL, RTOL, ATOL, MAX_ITERS, PRECONDITION, FINISH, SPLIT_BELOW, PRECISION, UPCAST,
+                              BM, BN, DP)  # fmt: skip
 
     x_hi = load_tile(head_base(x_hi_ptr, batch, T, head, HEADS, D), m0, T, QSTRIDE, D, BM, DP, True, UPCAST)
     u_hi = as_operand(-u, Q.dtype, PRECISION)
@@ -179,10 +185,11 @@ def query_kernel(
     dlam = -tl.sum(u * x_used, 1)
     c0 = lam * dlam
     store_rows(dlam_ptr + row_base, dlam * damping, m0, T, HEADS, BM)
-    store_rows(a0_ptr + row_base, a0, m0, T, HEADS, BM)
-    store_rows(b0_ptr + row_base, b0, m0, T, HEADS, BM)
-    store_rows(c0_ptr + row_base, c0, m0, T, HEADS, BM)
-    store_rows(weight_lse_ptr + row_base, lse - tl.math.log2(damping), m0, T, HEADS, BM)
+    valid = m0 + tl.arange(0, BM) < T  # the key kernel reads the other rows of the tile too: of weight zero
+    weight_lse = tl.where(valid, lse - tl.math.log2(damping), float("inf"))
+    pairs = (batch.to(tl.int64) * HEADS + head) * tiles * BM * 2
+    store_pairs(lse_a0_ptr + pairs, weight_lse, tl.where(valid, a0, 0.0), m0, BM)
+    store_pairs(b0_c0_ptr + pairs, tl.where(valid, b0, 0.0), tl.where(valid, c0, 0.0), m0, BM)
 
     if with_low:
         acc = query_gradient(Q, G, x_hi, x_lo, u_hi, u_lo, a0, b0, c0, lse, kbar, k_base, origin, v_base, m0, T, S,
@@ -197,19 +204,19 @@ def query_kernel(
 
 
 @triton.jit
-def key_gradients(dk, dv, K, V, n0, low, high, head, batch, T, S, q, x_hi_ptr, x_lo_ptr, u_hi_ptr, u_lo_ptr, g,
-                  weight_lse_ptr, a0_ptr, b0_ptr, c0_ptr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+def key_gradients(dk, dk_u, dv, K, V, n0, low, high, head, batch, T, S, q, x_hi_ptr, x_lo_ptr, u_hi_ptr, u_lo_ptr, g,
+                  lse_a0_ptr, b0_c0_ptr, TP, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                   DP: tl.constexpr, DVP: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, LOW: tl.constexpr,
                   SCALE: tl.constexpr, QK_SCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
                   BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """dk and dv with the share of the queries low .. high of one head added.
+    """dk, the part of it that u makes, and dv, with the share of the queries low .. high of one head added.
 
     Tiles are (BN, BM), keys by queries: the weights are then the left operand of the products that gather dk and dv, as
     they lie in registers. EDGE: the tiles may be hidden in part, or reach past the last query (where all is zero).
     """
     QSTRIDE: tl.constexpr = HEADS * D
     OSTRIDE: tl.constexpr = HEADS * DV
-    row_base = batch.to(tl.int64) * T * HEADS + head
+    pairs = (batch.to(tl.int64) * HEADS + head) * TP * 2
     q_base = head_base(q, batch, T, head, HEADS, D)
     g_base = head_base(g, batch, T, head, HEADS, DV)
     x_hi = head_base(x_hi_ptr, batch, T, head, HEADS, D)
@@ -221,15 +228,9 @@ def key_gradients(dk, dv, K, V, n0, low, high, head, batch, T, S, q, x_hi_ptr, x
         X = load_tile(x_hi, m0, T, QSTRIDE, D, BM, DP, EDGE, UPCAST)
         U = load_tile(u_hi, m0, T, QSTRIDE, D, BM, DP, EDGE, UPCAST)
         G = load_tile(g_base, m0, T, OSTRIDE, DV, BM, DVP, EDGE, UPCAST)
-        lse = load_rows(weight_lse_ptr + row_base, m0, T, HEADS, BM, 0.0)
-        a0 = load_rows(a0_ptr + row_base, m0, T, HEADS, BM, 0.0)
-        b0 = load_rows(b0_ptr + row_base, m0, T, HEADS, BM, 0.0)
-        c0 = load_rows(c0_ptr + row_base, m0, T, HEADS, BM, 0.0)
-        s = tl.dot(K, tl.trans(Q), input_precision=PRECISION) * SCALE - lse[None, :]
-        if EDGE and CAUSAL:
-            seen = (n0 + tl.arange(0, BN))[:, None] <= (m0 + S - T + tl.arange(0, BM))[None, :]
-            s = tl.where(seen, s, -float("inf"))
-        w = tl.math.exp2(s)
+        lse, a0 = load_pairs(lse_a0_ptr + pairs, m0, BM)
+        b0, c0 = load_pairs(b0_c0_ptr + pairs, m0, BM)
+        s = tl.dot(K, tl.trans(Q), input_precision=PRECISION)
         a = tl.dot(K, tl.trans(X), input_precision=PRECISION)
         b = tl.dot(V, tl.trans(G), input_precision=PRECISION)
         b = tl.dot(K, tl.trans(U), acc=b, input_precision=PRECISION)
@@ -238,43 +239,52 @@ def key_gradients(dk, dv, K, V, n0, low, high, head, batch, T, S, q, x_hi_ptr, x
             U_lo = load_tile(u_lo, m0, T, QSTRIDE, D, BM, DP, EDGE, UPCAST)
             a = tl.dot(K, tl.trans(X_lo), acc=a, input_precision=PRECISION)
             b = tl.dot(K, tl.trans(U_lo), acc=b, input_precision=PRECISION)
+        s = s * SCALE - lse[None, :]
+        if EDGE and CAUSAL:
+            seen = (n0 + tl.arange(0, BN))[:, None] <= (m0 + S - T + tl.arange(0, BM))[None, :]
+            s = tl.where(seen, s, -float("inf"))
+        w = tl.math.exp2(s)
         a += a0[None, :]
         pa = (w * a).to(K.dtype)
         dv = tl.dot(pa, G, acc=dv, input_precision=PRECISION)
-        dk = tl.dot(pa, U, acc=dk, input_precision=PRECISION)
+        if DP <= 64:  # a sum of its own, so that no product of this tile waits for another; wider ones lack registers
+            dk_u = tl.dot(pa, U, acc=dk_u, input_precision=PRECISION)
+        else:
+            dk = tl.dot(pa, U, acc=dk, input_precision=PRECISION)
         pb = w * (b + b0[None, :])
-        dk = tl.dot(pb.to(K.dtype), X, acc=dk, input_precision=PRECISION)
         ds = QK_SCALE * (a * pb + w * c0[None, :])
+        dk = tl.dot(pb.to(K.dtype), X, acc=dk, input_precision=PRECISION)
         dk = tl.dot(ds.to(K.dtype), Q, acc=dk, input_precision=PRECISION)
-    return dk, dv
+    return dk, dk_u, dv
 
 
 @triton.jit
-def head_gradients(dk, dv, K, V, n0, first, whole, head, batch, T, S, q, x_hi_ptr, x_lo_ptr, u_hi_ptr, u_lo_ptr, g,
-                   weight_lse_ptr, a0_ptr, b0_ptr, c0_ptr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+def head_gradients(dk, dk_u, dv, K, V, n0, first, whole, head, batch, T, S, q, x_hi_ptr, x_lo_ptr, u_hi_ptr, u_lo_ptr,
+                   g, lse_a0_ptr, b0_c0_ptr, TP, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                    DP: tl.constexpr, DVP: tl.constexpr, CAUSAL: tl.constexpr, LOW: tl.constexpr, SCALE: tl.constexpr,
                    QK_SCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr,
                    BN: tl.constexpr):  # fmt: skip
-    """dk and dv with the share of one head added: the tiles at the edges, then those in between."""
+    """The same with the share of a whole head added: the tiles at the edges, then those in between."""
     tail = T // BM * BM
     for edge in range(2):  # the partly hidden ones, then the one that reaches past the last query
         low = tl.where(edge == 0, first, tl.maximum(whole, tail))
         high = tl.where(edge == 0, whole, T)
-        dk, dv = key_gradients(dk, dv, K, V, n0, low, high, head, batch, T, S, q, x_hi_ptr, x_lo_ptr, u_hi_ptr,
-                               u_lo_ptr, g, weight_lse_ptr, a0_ptr, b0_ptr, c0_ptr, HEADS, D, DV, DP, DVP, CAUSAL, True,
-                               LOW, SCALE, QK_SCALE, PRECISION, UPCAST, BM, BN)  # fmt: skip
-    return key_gradients(dk, dv, K, V, n0, whole, tail, head, batch, T, S, q, x_hi_ptr, x_lo_ptr, u_hi_ptr, u_lo_ptr, g,
-                         weight_lse_ptr, a0_ptr, b0_ptr, c0_ptr, HEADS, D, DV, DP, DVP, CAUSAL, False, LOW, SCALE,
+        dk, dk_u, dv = key_gradients(dk, dk_u, dv, K, V, n0, low, high, head, batch, T, S, q, x_hi_ptr, x_lo_ptr,
+                                     u_hi_ptr, u_lo_ptr, g, lse_a0_ptr, b0_c0_ptr, TP, HEADS, D, DV, DP, DVP, CAUSAL,
+                                     True, LOW, SCALE, QK_SCALE, PRECISION, UPCAST, BM, BN)  # fmt: skip
+    return key_gradients(dk, dk_u, dv, K, V, n0, whole, tail, head, batch, T, S, q, x_hi_ptr, x_lo_ptr, u_hi_ptr,
+                         u_lo_ptr, g, lse_a0_ptr, b0_c0_ptr, TP, HEADS, D, DV, DP, DVP, CAUSAL, False, LOW, SCALE,
                          QK_SCALE, PRECISION, UPCAST, BM, BN)  # fmt: skip
 
 
 @triton.jit
 def key_kernel(
-    q, k, v, x_hi_ptr, x_lo_ptr, u_hi_ptr, u_lo_ptr, g, weight_lse_ptr, a0_ptr, b0_ptr, c0_ptr, low_ptr, T, S,
+    q, k, v, x_hi_ptr, x_lo_ptr, u_hi_ptr, u_lo_ptr, g, lse_a0_ptr, b0_c0_ptr, low_ptr, T, S,
     dk_ptr, dv_ptr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
     DVP: tl.constexpr, CAUSAL: tl.constexpr, SCALE: tl.constexpr, QK_SCALE: tl.constexpr, HALVES: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FLAGS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, QUERY_BM: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of BN keys, summed in float32 over the query heads that share it."""
     tiles = tl.cdiv(S, BN)
@@ -285,12 +295,14 @@ def key_kernel(
     KSTRIDE: tl.constexpr = KV_HEADS * D
     VSTRIDE: tl.constexpr = KV_HEADS * DV
     GROUP: tl.constexpr = HEADS // KV_HEADS
+    TP = tl.cdiv(T, QUERY_BM) * QUERY_BM
     k_base = head_base(k, batch, S, kv_head, KV_HEADS, D)
     v_base = head_base(v, batch, S, kv_head, KV_HEADS, DV)
     origin = load_origin(k_base, D, DP, UPCAST)
     K = load_keys(k_base, n0, S, origin, KSTRIDE, D, BN, DP, True, UPCAST)
     V = load_tile(v_base, n0, S, VSTRIDE, DV, BN, DVP, True, UPCAST)
     dk = tl.zeros((BN, DP), tl.float32)
+    dk_u = tl.zeros((BN, DP), tl.float32)
     dv = tl.zeros((BN, DVP), tl.float32)
 
     if CAUSAL:  # key j is seen by the queries from j + T - S on; the tile's last key by all from ``whole`` on
@@ -307,12 +319,14 @@ def key_kernel(
             for start in range(first, T, FLAGS):
                 flagged = tl.maximum(flagged, tl.max(load_rows(low_ptr + row_base, start, T, HEADS, FLAGS, 0), 0))
         if flagged > 0:
-            dk, dv = head_gradients(dk, dv, K, V, n0, first, whole, head, batch, T, S, q, x_hi_ptr, x_lo_ptr, u_hi_ptr,
-                                    u_lo_ptr, g, weight_lse_ptr, a0_ptr, b0_ptr, c0_ptr, HEADS, D, DV, DP, DVP, CAUSAL,
-                                    HALVES, SCALE, QK_SCALE, PRECISION, UPCAST, BM, BN)  # fmt: skip
+            dk, dk_u, dv = head_gradients(dk, dk_u, dv, K, V, n0, first, whole, head, batch, T, S, q, x_hi_ptr,
+                                          x_lo_ptr, u_hi_ptr, u_lo_ptr, g, lse_a0_ptr, b0_c0_ptr, TP, HEADS, D, DV, DP,
+                                          DVP, CAUSAL, HALVES, SCALE, QK_SCALE, PRECISION, UPCAST, BM,
+                                          BN)  # fmt: skip
         else:
-            dk, dv = head_gradients(dk, dv, K, V, n0, first, whole, head, batch, T, S, q, x_hi_ptr, x_lo_ptr, u_hi_ptr,
-                                    u_lo_ptr, g, weight_lse_ptr, a0_ptr, b0_ptr, c0_ptr, HEADS, D, DV, DP, DVP, CAUSAL,
-                                    False, SCALE, QK_SCALE, PRECISION, UPCAST, BM, BN)  # fmt: skip
-    store_tile(head_base(dk_ptr, batch, S, kv_head, KV_HEADS, D), dk, n0, S, KSTRIDE, D, BN, DP)
+            dk, dk_u, dv = head_gradients(dk, dk_u, dv, K, V, n0, first, whole, head, batch, T, S, q, x_hi_ptr,
+                                          x_lo_ptr, u_hi_ptr, u_lo_ptr, g, lse_a0_ptr, b0_c0_ptr, TP, HEADS, D, DV, DP,
+                                          DVP, CAUSAL, False, SCALE, QK_SCALE, PRECISION, UPCAST, BM,
+                                          BN)  # fmt: skip
+    store_tile(head_base(dk_ptr, batch, S, kv_head, KV_HEADS, D), dk + dk_u, n0, S, KSTRIDE, D, BN, DP)
     store_tile(head_base(dv_ptr, batch, S, kv_head, KV_HEADS, DV), dv, n0, S, VSTRIDE, DV, BN, DVP)

@@ -50,7 +50,7 @@ def forward_kernel(
     o, x_hi, x_lo, lse_ptr, defect_ptr, damping_ptr, omega_ptr, iterations_ptr, residual_ptr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
     DVP: tl.constexpr, CAUSAL: tl.constexpr, SCALE: tl.constexpr, DELTA_EPS: tl.constexpr, RTOL: tl.constexpr,
-    ATOL: tl.constexpr, MAX_ITERS: tl.constexpr, PRECONDITION: tl.constexpr, HALVES: tl.constexpr,
+    ATOL: tl.constexpr, MAX_ITERS: tl.constexpr, PRECONDITION: tl.constexpr, FINISH: tl.constexpr, HALVES: tl.constexpr,
     SPLIT_BELOW: tl.constexpr, LOW_ABOVE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -98,8 +98,8 @@ def forward_kernel(
     scale2 = key_scale(k_base, whole, S, KSTRIDE, D, UPCAST, BN, DP)
     split = tl.min(lam, 0) < SPLIT_BELOW * scale2
     x, defect, iterations, rr = solve(m, Q, k_base, origin, kbar, lse, lam, m0, T, S, whole, end, SCALE, split,
-                                      KSTRIDE, D, CAUSAL, RTOL, ATOL, MAX_ITERS, PRECONDITION, SPLIT_BELOW, PRECISION,
-                                      UPCAST, BM, BN, DP)  # fmt: skip
+                                      KSTRIDE, D, CAUSAL, RTOL, ATOL, MAX_ITERS, PRECONDITION, FINISH, SPLIT_BELOW,
+                                      PRECISION, UPCAST, BM, BN, DP)  # fmt: skip
     x = tl.where((lam == lam)[:, None], x, float("nan"))  # a bad ridge never gives a plausible number
 
     hi = as_operand(-x, Q.dtype, PRECISION)

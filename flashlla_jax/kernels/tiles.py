@@ -55,6 +55,22 @@ def load_tile(
 
 
 @triton.jit
+def load_pairs(base, start, BLOCK: tl.constexpr):
+    """Two numbers per row, kept side by side in a (rows, 2) float32 matrix that has every row of the tile."""
+    start = tl.multiple_of(start, BLOCK)
+    # as one 64-bit number: every thread copies the pairs that it needs by itself, so fewer loads are less time
+    pairs = tl.load(base.to(tl.pointer_type(tl.int64), bitcast=True) + (start + tl.arange(0, BLOCK)))
+    return pairs.to(tl.int32).to(tl.float32, bitcast=True), (pairs >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_pairs(base, first, second, start, BLOCK: tl.constexpr):
+    rows = start + tl.arange(0, BLOCK)
+    tl.store(base + 2 * rows, first)
+    tl.store(base + 2 * rows + 1, second)
+
+
+@triton.jit
 def load_origin(k_base, D: tl.constexpr, DP: tl.constexpr, UPCAST: tl.constexpr):
     """What keys are taken relative to where products are in float32 (UPCAST): the first key, which every query sees.
 
