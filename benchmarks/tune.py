@@ -102,7 +102,7 @@ class Entry:
 
     @property
     def current(self) -> Launch:
-        return launching._TABLE[self.kernel, self.operand_bytes][self.dim]
+        return launching.entries(self.kernel, self.operand_bytes, launching.capability())[self.dim]
 
     @property
     def best(self) -> Launch | None:
@@ -116,7 +116,7 @@ def geometric_mean(values: list[float]) -> float:
 @contextlib.contextmanager
 def patched(entry: Entry, launch: Launch) -> Iterator[None]:
     """The launch table with one entry replaced, and nothing left that was traced with another one."""
-    rows = launching._TABLE[entry.kernel, entry.operand_bytes]
+    rows = launching.entries(entry.kernel, entry.operand_bytes, launching.capability())
     before = rows[entry.dim]
     rows[entry.dim] = launch
     forget_traces()
@@ -222,8 +222,11 @@ def entries(args: argparse.Namespace) -> list[Entry]:
     found = []
     for dim in args.dims:
         for kernel in args.kernels:
-            known = launching._TABLE[kernel, args.operand_bytes][dim]
+            known = launching.entries(kernel, args.operand_bytes, launching.capability())[dim]
             given = args.candidates or [Launch(*c) for c in _CANDIDATES[args.operand_bytes][dim][kernel]]
+            if kernel == "key":  # it reads what the query kernel wrote for whole tiles of its own
+                queries = launching.entries("query", args.operand_bytes, launching.capability())[dim].BM
+                given = [c for c in given if queries % c.BM == 0]
             # the one in the table first: the others are compared with its results
             found.append(Entry(kernel, args.operand_bytes, dim, list(dict.fromkeys([known, *given]))))
     return found
@@ -294,7 +297,7 @@ def table_lines(tuned: list[Entry]) -> str:
     """The tuned keys of ``_TABLE`` as Python; an entry of which nothing ran stays as it is."""
     lines = []
     for kernel, operand_bytes in dict.fromkeys((e.kernel, e.operand_bytes) for e in tuned):
-        row = dict(launching._TABLE[kernel, operand_bytes])
+        row = dict(launching.entries(kernel, operand_bytes, launching.capability()))
         for entry in tuned:
             if entry.kernel == kernel and entry.best is not None:
                 row[entry.dim] = entry.best

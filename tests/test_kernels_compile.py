@@ -60,16 +60,20 @@ class Report(NamedTuple):
         return re.findall(r"\((C\d+)\) Potential Performance Loss: wgmma", self.log)
 
 
-# Every entry that the figures in the README rest on, float32 at the usual head dimension, and the oldest GPU.
+# Every entry of the launch table, each on the oldest GPU that it serves, and the usual one on Blackwell.
 ENTRIES = [
-    *(Entry(90, kernel, "bfloat16", dim) for dim in (64, 128) for kernel in KERNELS),
-    *(Entry(90, kernel, "float32", 64) for kernel in KERNELS),
-    *(Entry(80, kernel, "bfloat16", 64) for kernel in KERNELS),
+    *(
+        Entry(capability, kernel, {2: "bfloat16", 4: "float32"}[operand_bytes], dim)
+        for capability, rows in launch._TABLE.items()
+        for (kernel, operand_bytes), entries in rows.items()
+        for dim in entries
+    ),
+    *(Entry(100, kernel, "bfloat16", 64) for kernel in KERNELS),
 ]
 
 
 @cache
-def launches(dtype: str, dim: int) -> dict[str, tuple[Any, ...]]:
+def launches(capability: int, dtype: str, dim: int) -> dict[str, tuple[Any, ...]]:
     """The arguments of each ``launch.call`` of a causal forward and backward pass, by kernel."""
     calls = {}
 
@@ -85,6 +89,7 @@ def launches(dtype: str, dim: int) -> dict[str, tuple[Any, ...]]:
     q, k = (jax.ShapeDtypeStruct((1, 1024, heads, dim), dtype) for heads in (2, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "call", call)
+        patch.setattr(launch, "capability", lambda: capability)
         jax.eval_shape(gradients, q, k, k, jax.ShapeDtypeStruct((1, 1024, 2), jnp.float32))
     return calls
 
@@ -105,7 +110,7 @@ def compile_entry(entry: Entry) -> Report:
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
-    kernel, arrays, out_shapes, shape, constants = launches(entry.dtype, entry.dim)[entry.kernel]
+    kernel, arrays, out_shapes, shape, constants = launches(entry.capability, entry.dtype, entry.dim)[entry.kernel]
     constants = {**constants, "BM": shape.BM, "BN": shape.BN}
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
     types = [f"*{short[jnp.dtype(x.dtype).name]}" for x in (*arrays, *out_shapes)]

@@ -75,7 +75,8 @@ class _Problem(NamedTuple):
 
     def launch(self, kernel: str) -> launching.Launch:
         *_, dim, value_dim = self.shape
-        return launching.launch(kernel, self.wide.itemsize, max(_padded(dim), _padded(value_dim)))
+        widest = max(_padded(dim), _padded(value_dim))
+        return launching.launch(kernel, self.wide.itemsize, widest, launching.capability())
 
     def constants(self) -> dict[str, Any]:
         *_, heads, kv_heads, dim, value_dim = self.shape

@@ -20,6 +20,7 @@ from flashlla_jax.kernels.tiles import (
     load_rows,
     load_tile,
     logits,
+    mean_key,
     one_column,
     rounded_product,
     store_pairs,
@@ -137,7 +138,12 @@ def query_kernel(
     lse = load_rows(lse_ptr + row_base, m0, T, HEADS, BM, 0.0)
     damping = load_rows(damping_ptr + row_base, m0, T, HEADS, BM, 1.0)
     whole, end = key_range(m0, T, S, CAUSAL, BM, BN)
-    origin = load_origin(k_base, D, DP, UPCAST)
+    first = load_origin(k_base, D, DP, UPCAST)
+    visible = tl.minimum(m0 + S - T + 1, S) if CAUSAL else S  # to every query of the tile
+    origin = mean_key(k_base, first, visible, KSTRIDE, D, BN, DP, UPCAST)
+    weight_lse = lse - tl.math.log2(damping)
+    if UPCAST:  # what is kept is relative to the first key
+        lse -= SCALE * tl.sum(Q * (origin - first)[None, :], 1)
     scale2 = key_scale(k_base, whole, S, KSTRIDE, D, UPCAST, BN, DP)
     split = tl.min(lam, 0) < SPLIT_BELOW * scale2
 
@@ -186,10 +192,14 @@ def query_kernel(
     c0 = lam * dlam
     store_rows(dlam_ptr + row_base, dlam * damping, m0, T, HEADS, BM)
     valid = m0 + tl.arange(0, BM) < T  # the key kernel reads the other rows of the tile too: of weight zero
-    weight_lse = tl.where(valid, lse - tl.math.log2(damping), float("inf"))
+    a0_kept = a0
+    b0_kept = b0
+    if UPCAST:  # relative to the first key
+        a0_kept -= tl.sum(x_used * (origin - first)[None, :], 1)
+        b0_kept -= tl.sum(u_used * (origin - first)[None, :], 1)
     pairs = (batch.to(tl.int64) * HEADS + head) * tiles * BM * 2
-    store_pairs(lse_a0_ptr + pairs, weight_lse, tl.where(valid, a0, 0.0), m0, BM)
-    store_pairs(b0_c0_ptr + pairs, tl.where(valid, b0, 0.0), tl.where(valid, c0, 0.0), m0, BM)
+    store_pairs(lse_a0_ptr + pairs, tl.where(valid, weight_lse, float("inf")), tl.where(valid, a0_kept, 0.0), m0, BM)
+    store_pairs(b0_c0_ptr + pairs, tl.where(valid, b0_kept, 0.0), tl.where(valid, c0, 0.0), m0, BM)
 
     if with_low:
         acc = query_gradient(Q, G, x_hi, x_lo, u_hi, u_lo, a0, b0, c0, lse, kbar, k_base, origin, v_base, m0, T, S,

@@ -13,6 +13,7 @@ from flashlla_jax.kernels.tiles import (
     load_rows,
     load_tile,
     logits,
+    mean_key,
     one_column,
     rounded_product,
     store_rows,
@@ -71,7 +72,9 @@ def forward_kernel(
     row_base = batch.to(tl.int64) * T * HEADS + head
     lam = load_rows(lam_ptr + row_base, m0, T, HEADS, BM, 1.0)
     whole, end = key_range(m0, T, S, CAUSAL, BM, BN)
-    origin = load_origin(k_base, D, DP, UPCAST)
+    first = load_origin(k_base, D, DP, UPCAST)
+    visible = tl.minimum(m0 + S - T + 1, S) if CAUSAL else S  # to every query of the tile
+    origin = mean_key(k_base, first, visible, KSTRIDE, D, BN, DP, UPCAST)
 
     # softmax statistics and kbar
     top = tl.full((BM,), -float("inf"), tl.float32)
@@ -118,7 +121,10 @@ def forward_kernel(
         a0 += defect
     damping = omega / (omega + DELTA_EPS * (1.0 + tl.sum(m * x, 1)))
 
-    store_rows(lse_ptr + row_base, lse, m0, T, HEADS, BM)
+    shift = 0.0  # what is kept is relative to the first key
+    if UPCAST:
+        shift = SCALE * tl.sum(Q * (origin - first)[None, :], 1)
+    store_rows(lse_ptr + row_base, lse + shift, m0, T, HEADS, BM)
     if UPCAST and PRECISION != "tf32":
         store_rows(defect_ptr + row_base, defect, m0, T, HEADS, BM)
     store_rows(damping_ptr + row_base, damping, m0, T, HEADS, BM)

@@ -16,20 +16,40 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-# By (kernel, bytes of a product's operand) and padded head dimension, the larger of the key's and the value's.
-_TABLE: dict[tuple[str, int], dict[int, Launch]] = {
-    ("forward", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 4, 3), 256: Launch(64, 32, 4, 2)},
-    ("query", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 4, 3), 256: Launch(64, 32, 4, 1)},
-    ("key", 2): {64: Launch(32, 64, 4, 3), 128: Launch(32, 128, 8, 2), 256: Launch(32, 64, 4, 1)},
-    ("forward", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(16, 16, 4, 1)},
-    ("query", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 8, 1), 256: Launch(16, 16, 4, 1)},
-    ("key", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 8, 1), 256: Launch(16, 16, 4, 1)},
+# By the least compute capability, (kernel, bytes of a product's operand) and padded head dimension, the larger of the
+# key's and the value's. Those of 90 were chosen by time on an H200 (benchmarks/tune.py), the others, for which there was
+# no GPU, by the least register spills of what the compiler makes of them. The key kernel's BM divides the query's.
+_TABLE: dict[int, dict[tuple[str, int], dict[int, Launch]]] = {
+    90: {
+        ("forward", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 4, 3), 256: Launch(64, 32, 4, 2)},
+        ("query", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 4, 3), 256: Launch(64, 32, 4, 1)},
+        ("key", 2): {64: Launch(32, 64, 4, 3), 128: Launch(32, 128, 8, 2), 256: Launch(32, 64, 4, 1)},
+    },
+    80: {
+        ("forward", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 8, 2), 256: Launch(32, 32, 8, 1)},
+        ("query", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 8, 2), 256: Launch(32, 32, 8, 1)},
+        ("key", 2): {64: Launch(32, 64, 4, 3), 128: Launch(32, 64, 8, 2), 256: Launch(32, 32, 8, 1)},
+        ("forward", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(16, 16, 4, 1)},
+        ("query", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
+        ("key", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 8, 1), 256: Launch(16, 16, 4, 1)},
+    },
 }
 
 
-def launch(kernel: str, operand_bytes: int, padded_dim: int) -> Launch:
-    rows = _TABLE[kernel, operand_bytes]
-    return rows[max(64, padded_dim)]
+def entries(kernel: str, operand_bytes: int, capability: int) -> dict[int, Launch]:
+    """By padded head dimension, of the newest GPU in the table that is not newer than this one."""
+    tables = [_TABLE[least] for least in sorted(_TABLE, reverse=True) if least <= capability]
+    return next(table[kernel, operand_bytes] for table in tables if (kernel, operand_bytes) in table)
+
+
+def launch(kernel: str, operand_bytes: int, padded_dim: int, capability: int) -> Launch:
+    return entries(kernel, operand_bytes, capability)[max(64, padded_dim)]
+
+
+def capability() -> int:
+    """Of JAX's default device, 90 for 9.0; where that is no NVIDIA GPU, the least that the kernels are made for."""
+    found = getattr(jax.devices()[0], "compute_capability", None)
+    return max(80, round(10 * float(found))) if found else 80
 
 
 def call(

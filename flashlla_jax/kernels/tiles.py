@@ -86,6 +86,19 @@ def load_origin(k_base, D: tl.constexpr, DP: tl.constexpr, UPCAST: tl.constexpr)
 
 
 @triton.jit
+def mean_key(k_base, first, visible, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr,
+             UPCAST: tl.constexpr):  # fmt: skip
+    """The mean of the first keys, at most BLOCK of the ``visible`` ones: a better origin for those who see them."""
+    mean = first
+    if UPCAST:
+        count = tl.minimum(visible, BLOCK)
+        offsets = load_tile(k_base, 0, count, STRIDE, D, BLOCK, DP, True, UPCAST) - first[None, :]
+        offsets = tl.where((tl.arange(0, BLOCK) < count)[:, None], offsets, 0.0)
+        mean += tl.sum(offsets, 0) / count
+    return mean
+
+
+@triton.jit
 def load_keys(k_base, n0, S, origin, STRIDE: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr,
               RAGGED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """A tile of keys relative to ``origin``."""

@@ -191,7 +191,7 @@ def test_the_tables_own_tiles(dtype: str) -> None:
     expected = truth(inputs, lam)
     used = {(launch["kernel"], launch["tiles"]) for launch in launches}
     assert used == {
-        (f"{name}_kernel", launching.launch(name, jnp.dtype(dtype).itemsize, 64))
+        (f"{name}_kernel", launching.launch(name, jnp.dtype(dtype).itemsize, 64, launching.capability()))
         for name in ("forward", "query", "key")
     }
     for name in expected:
