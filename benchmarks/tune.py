@@ -224,6 +224,8 @@ def entries(args: argparse.Namespace) -> list[Entry]:
         for kernel in args.kernels:
             known = launching.entries(kernel, args.operand_bytes, launching.capability())[dim]
             given = args.candidates or [Launch(*c) for c in _CANDIDATES[args.operand_bytes][dim][kernel]]
+            if args.operand_bytes == 4:  # kernels/tiles.py, load_origin
+                given = [c for c in given if c.BM <= 32]
             if kernel == "key":  # it reads what the query kernel wrote for whole tiles of its own
                 queries = launching.entries("query", args.operand_bytes, launching.capability())[dim].BM
                 given = [c for c in given if queries % c.BM == 0]

@@ -120,7 +120,7 @@ class _Saved(NamedTuple):
 
     x_hi: Array  # -x, and what rounding it left
     x_lo: Array
-    lse: Array  # log2 of the softmax normaliser, of the keys relative to their origin
+    lse: Array  # log2 of the softmax normaliser, of the keys relative to their origin (kernels/tiles.py)
     defect: Array  # of x, see kernels/solver.py
     damping: Array
 
@@ -132,7 +132,7 @@ def _forward(query: Array, key: Array, value: Array, lam: Array, options: Option
     from flashlla_jax.kernels.forward import forward_kernel
 
     row = _out((batch, T, heads), jnp.float32)
-    o, x_hi, x_lo, lse, defect, damping, omega, iterations, residual_norm = launching.call(
+    o, x_hi, x_lo, lse, defect, damping, omega, logsumexp, iterations, residual_norm = launching.call(
         forward_kernel,
         -(-T // shape.BM) * batch * heads,
         (query, key, value, lam),
@@ -143,6 +143,7 @@ def _forward(query: Array, key: Array, value: Array, lam: Array, options: Option
             _out(problem.low_halves(T, heads, dim), problem.wide),
             row,
             row if problem.exact else _out((batch, 1, 1), jnp.float32),
+            row,
             row,
             row,
             _out((batch, T, heads), jnp.int32),
@@ -156,10 +157,6 @@ def _forward(query: Array, key: Array, value: Array, lam: Array, options: Option
             "LOW_ABOVE": problem.arithmetic.low_above,
         },
     )
-    logsumexp = lse / _LOG2_E
-    if problem.arithmetic.upcast:  # the kernel takes keys relative to the first one, see tiles.load_origin
-        origin = jnp.repeat(key[:, :1], heads // key.shape[2], axis=2).astype(jnp.float32)
-        logsumexp += options.qk_scale * jnp.sum(query.astype(jnp.float32) * origin, axis=-1)
     residuals = Residuals(omega, logsumexp, iterations, residual_norm)
     return o, _Saved(x_hi, x_lo, lse, defect, damping), residuals
 

@@ -14,13 +14,13 @@ from flashlla_jax.kernels.tiles import (
     as_operand,
     head_base,
     key_range,
+    load_first,
     load_keys,
     load_origin,
     load_pairs,
     load_rows,
     load_tile,
     logits,
-    mean_key,
     one_column,
     rounded_product,
     store_pairs,
@@ -138,17 +138,12 @@ def query_kernel(
     lse = load_rows(lse_ptr + row_base, m0, T, HEADS, BM, 0.0)
     damping = load_rows(damping_ptr + row_base, m0, T, HEADS, BM, 1.0)
     whole, end = key_range(m0, T, S, CAUSAL, BM, BN)
-    first = load_origin(k_base, D, DP, UPCAST)
-    visible = tl.minimum(m0 + S - T + 1, S) if CAUSAL else S  # to every query of the tile
-    origin = mean_key(k_base, first, visible, KSTRIDE, D, BN, DP, UPCAST)
-    weight_lse = lse - tl.math.log2(damping)
-    if UPCAST:  # what is kept is relative to the first key
-        lse -= SCALE * tl.sum(Q * (origin - first)[None, :], 1)
+    origin = load_origin(k_base, m0, T, S, KSTRIDE, D, BM, DP, CAUSAL, UPCAST)
     scale2 = key_scale(k_base, whole, S, KSTRIDE, D, UPCAST, BN, DP)
     split = tl.min(lam, 0) < SPLIT_BELOW * scale2
 
     # gamma relative to that of a value that every query of the tile sees, the mean of the first ones where they all do
-    centre = load_origin(v_base, DV, DVP, True)
+    centre = load_first(v_base, DV, DVP)
     if whole >= BN:
         centre = tl.sum(load_tile(v_base, 0, S, VSTRIDE, DV, BN, DVP, True, True), 0) * (1.0 / BN)
     g0 = tl.sum(G.to(tl.float32) * centre[None, :], 1)
@@ -192,14 +187,10 @@ def query_kernel(
     c0 = lam * dlam
     store_rows(dlam_ptr + row_base, dlam * damping, m0, T, HEADS, BM)
     valid = m0 + tl.arange(0, BM) < T  # the key kernel reads the other rows of the tile too: of weight zero
-    a0_kept = a0
-    b0_kept = b0
-    if UPCAST:  # relative to the first key
-        a0_kept -= tl.sum(x_used * (origin - first)[None, :], 1)
-        b0_kept -= tl.sum(u_used * (origin - first)[None, :], 1)
+    weight_lse = tl.where(valid, lse - tl.math.log2(damping), float("inf"))
     pairs = (batch.to(tl.int64) * HEADS + head) * tiles * BM * 2
-    store_pairs(lse_a0_ptr + pairs, tl.where(valid, weight_lse, float("inf")), tl.where(valid, a0_kept, 0.0), m0, BM)
-    store_pairs(b0_c0_ptr + pairs, tl.where(valid, b0_kept, 0.0), tl.where(valid, c0, 0.0), m0, BM)
+    store_pairs(lse_a0_ptr + pairs, weight_lse, tl.where(valid, a0, 0.0), m0, BM)
+    store_pairs(b0_c0_ptr + pairs, tl.where(valid, b0, 0.0), tl.where(valid, c0, 0.0), m0, BM)
 
     if with_low:
         acc = query_gradient(Q, G, x_hi, x_lo, u_hi, u_lo, a0, b0, c0, lse, kbar, k_base, origin, v_base, m0, T, S,
@@ -214,11 +205,11 @@ def query_kernel(
 
 
 @triton.jit
-def key_gradients(dk, dk_u, dv, K, V, n0, low, high, head, batch, T, S, q, x_hi_ptr, x_lo_ptr, u_hi_ptr, u_lo_ptr, g,
-                  lse_a0_ptr, b0_c0_ptr, TP, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                  DP: tl.constexpr, DVP: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, LOW: tl.constexpr,
-                  SCALE: tl.constexpr, QK_SCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-                  BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def key_gradients(dk, dk_u, dv, keys, V, k_base, n0, low, high, head, batch, T, S, q, x_hi_ptr, x_lo_ptr, u_hi_ptr,
+                  u_lo_ptr, g, lse_a0_ptr, b0_c0_ptr, TP, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
+                  DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
+                  LOW: tl.constexpr, SCALE: tl.constexpr, QK_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+                  UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """dk, the part of it that u makes, and dv, with the share of the queries low .. high of one head added.
 
     Tiles are (BN, BM), keys by queries: the weights are then the left operand of the products that gather dk and dv, as
@@ -238,6 +229,10 @@ def key_gradients(dk, dk_u, dv, K, V, n0, low, high, head, batch, T, S, q, x_hi_
         X = load_tile(x_hi, m0, T, QSTRIDE, D, BM, DP, EDGE, UPCAST)
         U = load_tile(u_hi, m0, T, QSTRIDE, D, BM, DP, EDGE, UPCAST)
         G = load_tile(g_base, m0, T, OSTRIDE, DV, BM, DVP, EDGE, UPCAST)
+        K = keys
+        if UPCAST:
+            origin = load_origin(k_base, m0, T, S, KV_HEADS * D, D, BM, DP, CAUSAL, UPCAST)
+            K -= origin[None, :]
         lse, a0 = load_pairs(lse_a0_ptr + pairs, m0, BM)
         b0, c0 = load_pairs(b0_c0_ptr + pairs, m0, BM)
         s = tl.dot(K, tl.trans(Q), input_precision=PRECISION)
@@ -269,22 +264,23 @@ def key_gradients(dk, dk_u, dv, K, V, n0, low, high, head, batch, T, S, q, x_hi_
 
 
 @triton.jit
-def head_gradients(dk, dk_u, dv, K, V, n0, first, whole, head, batch, T, S, q, x_hi_ptr, x_lo_ptr, u_hi_ptr, u_lo_ptr,
-                   g, lse_a0_ptr, b0_c0_ptr, TP, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                   DP: tl.constexpr, DVP: tl.constexpr, CAUSAL: tl.constexpr, LOW: tl.constexpr, SCALE: tl.constexpr,
-                   QK_SCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr,
-                   BN: tl.constexpr):  # fmt: skip
+def head_gradients(dk, dk_u, dv, keys, V, k_base, n0, first, whole, head, batch, T, S, q, x_hi_ptr, x_lo_ptr, u_hi_ptr,
+                   u_lo_ptr, g, lse_a0_ptr, b0_c0_ptr, TP, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
+                   DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, CAUSAL: tl.constexpr, LOW: tl.constexpr,
+                   SCALE: tl.constexpr, QK_SCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+                   BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """The same with the share of a whole head added: the tiles at the edges, then those in between."""
     tail = T // BM * BM
     for edge in range(2):  # the partly hidden ones, then the one that reaches past the last query
         low = tl.where(edge == 0, first, tl.maximum(whole, tail))
         high = tl.where(edge == 0, whole, T)
-        dk, dk_u, dv = key_gradients(dk, dk_u, dv, K, V, n0, low, high, head, batch, T, S, q, x_hi_ptr, x_lo_ptr,
-                                     u_hi_ptr, u_lo_ptr, g, lse_a0_ptr, b0_c0_ptr, TP, HEADS, D, DV, DP, DVP, CAUSAL,
-                                     True, LOW, SCALE, QK_SCALE, PRECISION, UPCAST, BM, BN)  # fmt: skip
-    return key_gradients(dk, dk_u, dv, K, V, n0, whole, tail, head, batch, T, S, q, x_hi_ptr, x_lo_ptr, u_hi_ptr,
-                         u_lo_ptr, g, lse_a0_ptr, b0_c0_ptr, TP, HEADS, D, DV, DP, DVP, CAUSAL, False, LOW, SCALE,
-                         QK_SCALE, PRECISION, UPCAST, BM, BN)  # fmt: skip
+        dk, dk_u, dv = key_gradients(dk, dk_u, dv, keys, V, k_base, n0, low, high, head, batch, T, S, q, x_hi_ptr,
+                                     x_lo_ptr, u_hi_ptr, u_lo_ptr, g, lse_a0_ptr, b0_c0_ptr, TP, HEADS, KV_HEADS, D, DV,
+                                     DP, DVP, CAUSAL, True, LOW, SCALE, QK_SCALE, PRECISION, UPCAST, BM,
+                                     BN)  # fmt: skip
+    return key_gradients(dk, dk_u, dv, keys, V, k_base, n0, whole, tail, head, batch, T, S, q, x_hi_ptr, x_lo_ptr,
+                         u_hi_ptr, u_lo_ptr, g, lse_a0_ptr, b0_c0_ptr, TP, HEADS, KV_HEADS, D, DV, DP, DVP, CAUSAL,
+                         False, LOW, SCALE, QK_SCALE, PRECISION, UPCAST, BM, BN)  # fmt: skip
 
 
 @triton.jit
@@ -308,8 +304,7 @@ def key_kernel(
     TP = tl.cdiv(T, QUERY_BM) * QUERY_BM
     k_base = head_base(k, batch, S, kv_head, KV_HEADS, D)
     v_base = head_base(v, batch, S, kv_head, KV_HEADS, DV)
-    origin = load_origin(k_base, D, DP, UPCAST)
-    K = load_keys(k_base, n0, S, origin, KSTRIDE, D, BN, DP, True, UPCAST)
+    keys = load_tile(k_base, n0, S, KSTRIDE, D, BN, DP, True, UPCAST)
     V = load_tile(v_base, n0, S, VSTRIDE, DV, BN, DVP, True, UPCAST)
     dk = tl.zeros((BN, DP), tl.float32)
     dk_u = tl.zeros((BN, DP), tl.float32)
@@ -329,14 +324,14 @@ def key_kernel(
             for start in range(first, T, FLAGS):
                 flagged = tl.maximum(flagged, tl.max(load_rows(low_ptr + row_base, start, T, HEADS, FLAGS, 0), 0))
         if flagged > 0:
-            dk, dk_u, dv = head_gradients(dk, dk_u, dv, K, V, n0, first, whole, head, batch, T, S, q, x_hi_ptr,
-                                          x_lo_ptr, u_hi_ptr, u_lo_ptr, g, lse_a0_ptr, b0_c0_ptr, TP, HEADS, D, DV, DP,
-                                          DVP, CAUSAL, HALVES, SCALE, QK_SCALE, PRECISION, UPCAST, BM,
-                                          BN)  # fmt: skip
+            dk, dk_u, dv = head_gradients(dk, dk_u, dv, keys, V, k_base, n0, first, whole, head, batch, T, S, q,
+                                          x_hi_ptr, x_lo_ptr, u_hi_ptr, u_lo_ptr, g, lse_a0_ptr, b0_c0_ptr, TP, HEADS,
+                                          KV_HEADS, D, DV, DP, DVP, CAUSAL, HALVES, SCALE, QK_SCALE, PRECISION, UPCAST,
+                                          BM, BN)  # fmt: skip
         else:
-            dk, dk_u, dv = head_gradients(dk, dk_u, dv, K, V, n0, first, whole, head, batch, T, S, q, x_hi_ptr,
-                                          x_lo_ptr, u_hi_ptr, u_lo_ptr, g, lse_a0_ptr, b0_c0_ptr, TP, HEADS, D, DV, DP,
-                                          DVP, CAUSAL, False, SCALE, QK_SCALE, PRECISION, UPCAST, BM,
-                                          BN)  # fmt: skip
+            dk, dk_u, dv = head_gradients(dk, dk_u, dv, keys, V, k_base, n0, first, whole, head, batch, T, S, q,
+                                          x_hi_ptr, x_lo_ptr, u_hi_ptr, u_lo_ptr, g, lse_a0_ptr, b0_c0_ptr, TP, HEADS,
+                                          KV_HEADS, D, DV, DP, DVP, CAUSAL, False, SCALE, QK_SCALE, PRECISION, UPCAST,
+                                          BM, BN)  # fmt: skip
     store_tile(head_base(dk_ptr, batch, S, kv_head, KV_HEADS, D), dk + dk_u, n0, S, KSTRIDE, D, BN, DP)
     store_tile(head_base(dv_ptr, batch, S, kv_head, KV_HEADS, DV), dv, n0, S, VSTRIDE, DV, BN, DVP)

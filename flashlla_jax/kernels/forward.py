@@ -13,7 +13,6 @@ from flashlla_jax.kernels.tiles import (
     load_rows,
     load_tile,
     logits,
-    mean_key,
     one_column,
     rounded_product,
     store_rows,
@@ -48,7 +47,7 @@ def low_half_matters(lo, scale2, THRESHOLD: tl.constexpr):
 @triton.jit
 def forward_kernel(
     q, k, v, lam_ptr, T, S,
-    o, x_hi, x_lo, lse_ptr, defect_ptr, damping_ptr, omega_ptr, iterations_ptr, residual_ptr,
+    o, x_hi, x_lo, lse_ptr, defect_ptr, damping_ptr, omega_ptr, logsumexp_ptr, iterations_ptr, residual_ptr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
     DVP: tl.constexpr, CAUSAL: tl.constexpr, SCALE: tl.constexpr, DELTA_EPS: tl.constexpr, RTOL: tl.constexpr,
     ATOL: tl.constexpr, MAX_ITERS: tl.constexpr, PRECONDITION: tl.constexpr, FINISH: tl.constexpr, HALVES: tl.constexpr,
@@ -72,9 +71,7 @@ def forward_kernel(
     row_base = batch.to(tl.int64) * T * HEADS + head
     lam = load_rows(lam_ptr + row_base, m0, T, HEADS, BM, 1.0)
     whole, end = key_range(m0, T, S, CAUSAL, BM, BN)
-    first = load_origin(k_base, D, DP, UPCAST)
-    visible = tl.minimum(m0 + S - T + 1, S) if CAUSAL else S  # to every query of the tile
-    origin = mean_key(k_base, first, visible, KSTRIDE, D, BN, DP, UPCAST)
+    origin = load_origin(k_base, m0, T, S, KSTRIDE, D, BM, DP, CAUSAL, UPCAST)
 
     # softmax statistics and kbar
     top = tl.full((BM,), -float("inf"), tl.float32)
@@ -121,10 +118,9 @@ def forward_kernel(
         a0 += defect
     damping = omega / (omega + DELTA_EPS * (1.0 + tl.sum(m * x, 1)))
 
-    shift = 0.0  # what is kept is relative to the first key
-    if UPCAST:
-        shift = SCALE * tl.sum(Q * (origin - first)[None, :], 1)
-    store_rows(lse_ptr + row_base, lse + shift, m0, T, HEADS, BM)
+    store_rows(lse_ptr + row_base, lse, m0, T, HEADS, BM)
+    logsumexp = lse + SCALE * tl.sum(Q.to(tl.float32) * origin[None, :], 1)
+    store_rows(logsumexp_ptr + row_base, logsumexp * 0.6931471805599453, m0, T, HEADS, BM)  # ln 2
     if UPCAST and PRECISION != "tf32":
         store_rows(defect_ptr + row_base, defect, m0, T, HEADS, BM)
     store_rows(damping_ptr + row_base, damping, m0, T, HEADS, BM)

@@ -71,31 +71,31 @@ def store_pairs(base, first, second, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_origin(k_base, D: tl.constexpr, DP: tl.constexpr, UPCAST: tl.constexpr):
-    """What keys are taken relative to where products are in float32 (UPCAST): the first key, which every query sees.
-
-    The logits change by a constant per query and the regression not at all, but what a common offset of the keys would
-    lose to rounding is kept. bfloat16 keys stay as they are: their differences would have to be rounded.
-    """
-    if UPCAST:
-        columns = tl.arange(0, DP)
-        origin = tl.load(k_base + columns, mask=columns < D, other=0.0).to(tl.float32)
-    else:
-        origin = tl.zeros((DP,), tl.float32)
-    return origin
+def load_first(base, D: tl.constexpr, DP: tl.constexpr):
+    """The first row, in float32."""
+    columns = tl.arange(0, DP)
+    return tl.load(base + columns, mask=columns < D, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def mean_key(k_base, first, visible, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr,
-             UPCAST: tl.constexpr):  # fmt: skip
-    """The mean of the first keys, at most BLOCK of the ``visible`` ones: a better origin for those who see them."""
-    mean = first
+def load_origin(k_base, m0, T, S, STRIDE: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, DP: tl.constexpr,
+                CAUSAL: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """What keys are taken relative to where products are in float32 (UPCAST), for the queries of a tile.
+
+    The logits change by a constant per query and the regression not at all, but what a common offset of the keys would
+    lose to rounding is kept. It is the mean of the first keys, at most 32 of those that the queries see in common; the
+    same in all kernels, so that what one keeps another can use: a tile lies in one aligned block of 32 queries.
+    bfloat16 keys stay as they are: their differences would have to be rounded.
+    """
+    origin = tl.zeros((DP,), tl.float32)
     if UPCAST:
-        count = tl.minimum(visible, BLOCK)
-        offsets = load_tile(k_base, 0, count, STRIDE, D, BLOCK, DP, True, UPCAST) - first[None, :]
-        offsets = tl.where((tl.arange(0, BLOCK) < count)[:, None], offsets, 0.0)
-        mean += tl.sum(offsets, 0) / count
-    return mean
+        tl.static_assert(BM <= 32)
+        visible = m0 // 32 * 32 + S - T + 1 if CAUSAL else S
+        count = tl.minimum(tl.minimum(visible, S), 32)
+        first = load_first(k_base, D, DP)
+        offsets = load_tile(k_base, 0, count, STRIDE, D, 32, DP, True, UPCAST) - first[None, :]
+        origin = first + tl.sum(tl.where((tl.arange(0, 32) < count)[:, None], offsets, 0.0), 0) / count
+    return origin
 
 
 @triton.jit
