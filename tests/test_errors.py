@@ -305,7 +305,7 @@ class TestPrecision:
     def given(self, monkeypatch: pytest.MonkeyPatch) -> list[jax.lax.Precision]:
         precisions: list[jax.lax.Precision] = []
 
-        def record(query: Any, key: Any, value: Any, ridge_lambda: Any, options: Any) -> tuple[Any, Any]:
+        def record(query: Any, key: Any, value: Any, ridge_lambda: Any, options: Any, mask: Any) -> tuple[Any, Any]:
             precisions.append(options.precision)
             return value, ridge_lambda
 
