@@ -73,8 +73,7 @@ def attention_fn(
     ) -> Float[Array, "*batch T N Dv"]:
         if bias is not None:
             raise NotImplementedError("Local Linear Attention takes no bias; use mask to hide keys")
-        if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
-            raise NotImplementedError("Local Linear Attention cannot take another einsum for its products")
+        core.check_einsums(qk_attn_weights_einsum, attn_weights_value_einsum)
         if not deterministic:
             core.check_dropout(dropout_rate)
         core.check_sow_weights(module is not None)

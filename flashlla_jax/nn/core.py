@@ -74,6 +74,14 @@ def check_attention_fn(attention_fn: Any) -> None:
         )
 
 
+def check_einsums(*einsums: Any) -> None:
+    if any(einsum is not None for einsum in einsums):
+        raise NotImplementedError(
+            "the einsums of qk_attn_weights and attn_weights_value must be None: they are not how Local Linear Attention "
+            "computes"
+        )
+
+
 def check_sow_weights(sow_weights: bool) -> None:
     if sow_weights:
         raise NotImplementedError(
@@ -95,6 +103,22 @@ def check_ridge(ridge_lambda: Any, ridge_floor: float | None) -> None:
         raise ValueError(f"ridge_lambda must be > {ridge_floor or 0:g}, got {ridge_lambda!r}")
     if ridge_floor is not None and ridge_lambda == math.inf:
         raise ValueError("ridge_lambda must be finite where it is learned, got inf")
+
+
+def check_heads(num_heads: int, num_kv_heads: int | None) -> int:
+    """The number of key/value heads."""
+    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if num_heads % kv_heads:
+        raise ValueError(f"num_kv_heads must divide num_heads, got {kv_heads} for {num_heads}")
+    return kv_heads
+
+
+def keys_and_values(inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None) -> tuple[Array, Array]:
+    """What keys and values are made of, by Flax's defaults."""
+    if inputs_k is None and inputs_v is not None:
+        raise ValueError("inputs_v needs inputs_k; keys and values from one array are inputs_k alone")
+    inputs_k = inputs_q if inputs_k is None else inputs_k
+    return inputs_k, inputs_k if inputs_v is None else inputs_v
 
 
 def raw_ridge(ridge_lambda: float, ridge_floor: float) -> float:
@@ -164,16 +188,8 @@ def forward(
         first = key_length - length if is_causal else 0
         query = _rotate(settings, query, first + jnp.arange(length, dtype=jnp.int32))
         key = _rotate(settings, key, jnp.arange(key_length, dtype=jnp.int32))
-    return attend(
-        query,
-        key,
-        value,
-        mask=mask,
-        is_causal=is_causal,
-        ridge_lambda=ridge_lambda,
-        **_operator_options(settings),
-        implementation=settings.implementation,
-    )
+    options = _operator_options(settings, ridge_lambda, is_causal=is_causal, implementation=settings.implementation)
+    return attend(query, key, value, mask=mask, **options)
 
 
 def decode(
@@ -190,8 +206,8 @@ def decode(
 ) -> tuple[Float[Array, "*batch T N D"], Cache]:
     """Append T tokens to the cache and attend from them: what a causal forward pass gives at their positions.
 
-    Few tokens take the exact step of ``decode.py``; more, a prompt, take the operator's XLA path. ``implementation``
-    and, for few tokens, ``cg_*`` do not apply.
+    Few tokens take the exact step of ``decode.py``, to which ``cg_*`` and ``implementation`` do not apply; more take
+    the operator, on its XLA path unless the cache is empty.
 
     Returns:
         The output and the cache with the tokens in it. Where the tokens overrun the cache and ``cache.filled`` is
@@ -233,39 +249,55 @@ def decode(
         cache.filled + length,
     )
     if length <= _FEW_TOKENS:
-        shape = (*batch, query.shape[-2], length, capacity)
-        o = decode_step(
-            _fold(query),
-            _fold(cache.key),
-            _fold(cache.value),
-            jnp.broadcast_to(jnp.asarray(ridge_lambda, accumulation_dtype(query.dtype)), query.shape[-2:-1]),
-            cache.filled - length,
-            qk_scale=dim**-0.5 if settings.qk_scale is None else settings.qk_scale,
-            mask=None if mask is None else _fold_mask(mask, shape),
-        )
-        o = o.reshape(*batch, *o.shape[1:]).astype(query.dtype)
+        o = _few_tokens(settings, query, cache, ridge_lambda, mask)
     else:
-        last = cache.filled - length + jnp.arange(length, dtype=jnp.int32)
-        seen = jnp.arange(capacity, dtype=jnp.int32)[None, :] <= last[:, None]
-        seen = seen.reshape((1,) * (query.ndim - 2) + seen.shape)
-        if mask is not None:
-            seen = seen & _with_rank(_visible(mask), seen.ndim)
-        o = attend(
-            query,
-            cache.key.astype(query.dtype),
-            cache.value.astype(query.dtype),
-            mask=seen,
-            is_causal=False,
-            ridge_lambda=ridge_lambda,
-            **_operator_options(settings),
-            implementation="xla",
-        )
+
+        def into_empty() -> Array:
+            options = _operator_options(settings, ridge_lambda, is_causal=True, implementation=settings.implementation)
+            return attend(query, key, value, **options)
+
+        def after_others() -> Array:
+            return _many_tokens(settings, query, cache, ridge_lambda, mask)
+
+        if mask is not None or (used or 0) > 0:
+            o = after_others()
+        else:
+            o = into_empty() if used == 0 else lax.cond(cache.filled == length, into_empty, after_others)
     return jnp.where(cache.filled > capacity, jnp.nan, o), cache
 
 
-def _operator_options(settings: Settings) -> dict[str, Any]:
+def _few_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: Any, mask: Any) -> Array:
+    """The last tokens of the cache by the exact step; its state is a D x D matrix per token and head."""
+    *batch, length, heads, dim = query.shape
+    ridge = jnp.asarray(ridge_lambda, accumulation_dtype(query.dtype))
+    o = decode_step(
+        _fold(query),
+        _fold(cache.key),
+        _fold(cache.value),
+        jnp.broadcast_to(ridge, (heads,)),
+        cache.filled - length,
+        qk_scale=dim**-0.5 if settings.qk_scale is None else settings.qk_scale,
+        mask=None if mask is None else _fold_mask(mask, (*batch, heads, length, cache.key.shape[-3])),
+    )
+    return o.reshape(query.shape).astype(query.dtype)
+
+
+def _many_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: Any, mask: Any) -> Array:
+    """The last tokens of the cache by the operator's XLA path, in linear memory but for a mask of a byte per pair."""
+    length, capacity = query.shape[-3], cache.key.shape[-3]
+    last = cache.filled - length + jnp.arange(length, dtype=jnp.int32)
+    seen = jnp.arange(capacity, dtype=jnp.int32)[None, :] <= last[:, None]
+    seen = seen[None, None]
+    if mask is not None:
+        seen = seen & _fold_mask(mask, (*query.shape[:-3], query.shape[-2], length, capacity))
+    key, value = (_fold(x.astype(query.dtype)) for x in (cache.key, cache.value))
+    options = _operator_options(settings, ridge_lambda, is_causal=False, implementation="xla")
+    return lla_attention(_fold(query), key, value, mask=seen, **options).reshape(query.shape)
+
+
+def _operator_options(settings: Settings, ridge_lambda: Any, **options: Any) -> dict[str, Any]:
     names = ("qk_scale", "cg_atol", "cg_rtol", "cg_max_iters", "cg_use_preconditioner", "precision")
-    return {name: getattr(settings, name) for name in names}
+    return {name: getattr(settings, name) for name in names} | {"ridge_lambda": ridge_lambda} | options
 
 
 def _refuse_positions(positions: Array | None) -> None:
@@ -300,11 +332,6 @@ def _visible(mask: Any) -> Array:
     return mask.astype(bool)
 
 
-def _with_rank(mask: Array, rank: int) -> Array:
-    """Leading axes of size 1 added, as NumPy's broadcasting does."""
-    return mask.reshape((1,) * (rank - mask.ndim) + mask.shape)
-
-
 def _fold_mask(mask: Any, shape: tuple[int, ...]) -> Array:
     """A mask broadcastable to ``shape`` = [*batch, N, T, S] -> (B | 1, N | 1, T | 1, S | 1)."""
     mask = _visible(mask)
@@ -314,7 +341,7 @@ def _fold_mask(mask: Any, shape: tuple[int, ...]) -> Array:
         fits = False
     if not fits:
         raise ValueError(f"mask must broadcast to [batch..., heads, queries, keys] = {shape}, got shape {mask.shape}")
-    mask = _with_rank(mask, len(shape))
+    mask = mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
     if math.prod(mask.shape[:-3]) > 1:
         mask = jnp.broadcast_to(mask, (*shape[:-3], *mask.shape[-3:]))
     return mask.reshape(-1, *mask.shape[-3:])

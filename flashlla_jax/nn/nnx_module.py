@@ -150,7 +150,8 @@ class LLAttention(nnx.MultiHeadAttention):
             cg_rtol: See :func:`flashlla_jax.lla_attention`.
             cg_max_iters: See :func:`flashlla_jax.lla_attention`.
             cg_use_preconditioner: See :func:`flashlla_jax.lla_attention`.
-            implementation: See :func:`flashlla_jax.lla_attention`. With a cache the computation is plain XLA.
+            implementation: See :func:`flashlla_jax.lla_attention`. Calls with a cache are plain
+                XLA but for a prompt into an empty one.
 
         Raises:
             TypeError: ``ridge_lambda`` is not a number.
@@ -271,10 +272,7 @@ class LLAttention(nnx.MultiHeadAttention):
             NotImplementedError: ``sow_weights``, or the named implementation cannot serve this call.
         """
         core.check_sow_weights(sow_weights)
-        if inputs_k is None and inputs_v is not None:
-            raise ValueError("inputs_v needs inputs_k; keys and values from one array are inputs_k alone")
-        inputs_k = inputs_q if inputs_k is None else inputs_k
-        inputs_v = inputs_k if inputs_v is None else inputs_v
+        inputs_k, inputs_v = core.keys_and_values(inputs_q, inputs_k, inputs_v)
         inputs = {"inputs_q": inputs_q, "inputs_k": inputs_k, "inputs_v": inputs_v}
         for (name, x), features in zip(
             inputs.items(), (self.in_features, self.in_kv_features, self.in_kv_features), strict=True
