@@ -77,7 +77,7 @@ def check_attention_fn(attention_fn: Any) -> None:
 def check_einsums(*einsums: Any) -> None:
     if any(einsum is not None for einsum in einsums):
         raise NotImplementedError(
-            "the einsums of qk_attn_weights and attn_weights_value must be None: "
+            "qk_attn_weights_einsum and attn_weights_value_einsum must be None: "
             "Local Linear Attention has other products than softmax attention"
         )
 
