@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import jax
@@ -125,9 +126,8 @@ def test_the_output_is_the_operator_on_the_projections(variant: str) -> None:
         turn = jnp.asarray(np.exp(1j * angle), jnp.complex64)[None, :, None]
         for_pair = [jax.lax.complex(a[..., :half], a[..., half:]) * turn for a in (q, k)]
         q, k = (jnp.concatenate([a.real, a.imag], axis=-1) for a in for_pair)
-    o = lla_attention(
-        q, k, v, ridge_lambda=VARIANTS[variant].get("ridge_lambda", 10.0), qk_scale=VARIANTS[variant].get("qk_scale")
-    )
+    options = {name: x for name, x in VARIANTS[variant].items() if name in ("ridge_lambda", "qk_scale")}
+    o = jax.jit(partial(lla_attention, **options))(q, k, v)
     assert relative_error(call(layer, x), layer.out(o)) <= SAME
 
 
@@ -137,7 +137,7 @@ def test_linen_is_nnx(variant: str) -> None:
     kwargs = VARIANTS[variant]
     layer, x = module(**kwargs), inputs()
     twin = LinenLLAttention(4, **kwargs)
-    made = twin.init(jax.random.key(0), x)["params"]
+    made = jax.eval_shape(twin.init, jax.random.key(0), x)["params"]
     parameters = linen_parameters(layer)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), made) == jax.tree.map(lambda a: (a.shape, a.dtype), parameters)
     mask = jnp.ones((2, 1, 9, 9)).at[1, :, :, 3:5].set(0)
@@ -148,7 +148,9 @@ def test_linen_is_nnx(variant: str) -> None:
 def test_linen_parameters_are_flax_s() -> None:
     x = inputs()
     kwargs: dict[str, Any] = {"num_heads": 4, "normalize_qk": True, "out_features": 5}
-    ours, stock = (m(**kwargs).init(jax.random.key(0), x) for m in (LinenLLAttention, nn.MultiHeadDotProductAttention))
+    ours, stock = (
+        jax.jit(m(**kwargs).init)(jax.random.key(0), x) for m in (LinenLLAttention, nn.MultiHeadDotProductAttention)
+    )
     jax.tree.map(np.testing.assert_array_equal, ours, stock)
 
 
@@ -198,7 +200,7 @@ def test_rope_sees_distances_only() -> None:
     layer, x = module(rope=10000.0), inputs()
     positions = jnp.arange(9) + 1000
     assert relative_error(call(layer, x, input_positions=positions), call(layer, x)) <= 1e-4  # angles of 1000
-    assert relative_error(call(layer, x, input_positions=positions[None] * 2), call(layer, x)) > 1e-3
+    assert relative_error(call(layer, x, input_positions=positions * 2), call(layer, x)) > 1e-3
     with pytest.raises(ValueError, match="input_positions are for the rotary embedding"):
         module()(x, input_positions=positions)
     with pytest.raises(ValueError, match=r"broadcast to \[batch..., length\] = \(2, 9\), got \(5,\)"):
@@ -206,10 +208,10 @@ def test_rope_sees_distances_only() -> None:
 
 
 def test_is_causal_of_the_call() -> None:
-    layer, x = module(), inputs()
-    assert relative_error(call(layer, x), layer(x, is_causal=True)) <= SAME
-    full = module(is_causal=False)
-    assert relative_error(layer(x, is_causal=False), call(full, x)) <= SAME
+    """It takes precedence over the constructor's, which it leaves alone."""
+    layer, full, x = module(), module(is_causal=False), inputs()
+    got = nnx.jit(lambda layer, x: layer(x, is_causal=False))(layer, x)
+    assert relative_error(got, call(full, x)) <= SAME
     assert relative_error(call(layer, x), call(full, x)) > 0.01
 
 
@@ -268,7 +270,7 @@ def test_ten_steps_of_training_reduce_the_loss(api: str) -> None:
         apply = lambda p: nnx.merge(graph, p)(x)  # noqa: E731
     else:
         twin = LinenLLAttention(4, **kwargs)
-        parameters = twin.init(jax.random.key(0), x)
+        parameters = jax.jit(twin.init)(jax.random.key(0), x)
         apply = lambda p: twin.apply(p, x)  # noqa: E731
     optimizer = optax.adam(1e-2)
 
