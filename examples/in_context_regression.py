@@ -201,7 +201,7 @@ def plot(config: Config, results: Results) -> Figure:
     grid[0, 0].set_ylabel("relative squared error, test")
     grid[1, 0].set_ylabel("training loss")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.suptitle(f"In-context regression, d = {config.dim}: two attention layers, trained alike", fontsize=12)
+    figure.suptitle(f"In-context regression, d = {config.dim}", fontsize=12)
     figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=len(ATTENTIONS), frameon=False)
     return figure
 
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         results = Results(output / "results.json", dataclasses.asdict(config), args.fresh)
         run(config, results)
-    except RunError as error:
+    except (RunError, NotImplementedError) as error:  # the latter: an implementation that cannot run here
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted; the same command goes on after the last finished training\n")

@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         results = Results(output / "results.json", dataclasses.asdict(config), args.fresh)
         run(config, results)
-    except RunError as error:
+    except (RunError, NotImplementedError) as error:  # the latter: an implementation that cannot run here
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted; the same command goes on after the last finished training\n")

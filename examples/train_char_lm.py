@@ -422,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             for attention in attentions:
                 _sample(args, output / attention)
-    except RunError as error:
+    except (RunError, NotImplementedError) as error:  # the latter: an implementation that cannot run here
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except Stopped as stopped:
         parser.exit(stopped.code, f"{parser.prog}: {stopped}\n")

@@ -265,6 +265,13 @@ def test_checkpoints_that_do_not_serve(example, finished, tmp_path, capsys):
     assert "is not a folder" in refusal(example, capsys, tmp_path / "file", *SMALL)
 
 
+def test_implementation_that_cannot_run_here(example, tmp_path, capsys):
+    if jax.default_backend() != "cpu":
+        pytest.skip("Triton may run here")
+    line = refusal(example, capsys, tmp_path, *SMALL, "--implementation", "triton")
+    assert 'implementation="triton" cannot serve this call' in line
+
+
 def test_fresh_starts_over(example, finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished[0], tmp_path / "run")
 
