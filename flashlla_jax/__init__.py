@@ -2,7 +2,8 @@
 
 from flashlla_jax.attention import default_implementation, lla_attention, lla_attention_and_omega
 from flashlla_jax.interface import Residuals
+from flashlla_jax.nn import LLAttention
 
 __version__ = "0.1.0"
 
-__all__ = ["Residuals", "default_implementation", "lla_attention", "lla_attention_and_omega"]
+__all__ = ["LLAttention", "Residuals", "default_implementation", "lla_attention", "lla_attention_and_omega"]

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from flashlla_jax import blockwise, dispatch, reference
 from flashlla_jax.interface import Options, Residuals, accumulation_dtype
 from flashlla_jax.kernels import attention as kernels
+from flashlla_jax.mask import canonical_mask, without_unseen
 
 Implementation = Literal["triton", "xla", "reference"]
 
@@ -27,6 +28,7 @@ Key = Float[Array, "B S D"] | Float[Array, "B S K H"]
 Value = Float[Array, "B S Dv"] | Float[Array, "B S K Hv"]
 Output = Float[Array, "B S Dv"] | Float[Array, "B T N Hv"]
 Ridge = float | Float[Array, "..."]
+Mask = Bool[Array, "#B #T #S"] | Bool[Array, "#B #N #T #S"]
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 _AXES = {3: "(B, S, D)", 4: "(B, T, N, H)"}
@@ -38,9 +40,11 @@ def lla_attention(
     key: Key,
     value: Value,
     *,
+    mask: Mask | None = ...,
     ridge_lambda: Ridge = ...,
     qk_scale: float | None = ...,
     is_causal: bool = ...,
+    key_value_seq_lengths: Int[Array, " B"] | None = ...,
     delta_eps: float = ...,
     cg_atol: float | None = ...,
     cg_rtol: float | None = ...,
@@ -58,9 +62,11 @@ def lla_attention(
     key: Key,
     value: Value,
     *,
+    mask: Mask | None = ...,
     ridge_lambda: Ridge = ...,
     qk_scale: float | None = ...,
     is_causal: bool = ...,
+    key_value_seq_lengths: Int[Array, " B"] | None = ...,
     delta_eps: float = ...,
     cg_atol: float | None = ...,
     cg_rtol: float | None = ...,
@@ -77,9 +83,11 @@ def lla_attention(
     key: Key,
     value: Value,
     *,
+    mask: Mask | None = None,
     ridge_lambda: Ridge = 10.0,
     qk_scale: float | None = None,
     is_causal: bool = True,
+    key_value_seq_lengths: Int[Array, " B"] | None = None,
     delta_eps: float = 1e-12,
     cg_atol: float | None = None,
     cg_rtol: float | None = None,
@@ -111,6 +119,10 @@ def lla_attention(
         query: ``(B, S, D)``, or ``(B, T, N, H)`` with N heads. bfloat16, float16, float32 or float64.
         key: ``(B, S, D)``, or ``(B, S, K, H)`` with K dividing N: each key/value head serves N / K query heads.
         value: ``(B, S, Dv)``, or ``(B, S, K, Hv)``. The last dimension may differ from the key's.
+        mask: Boolean, True where a key is visible: ``(B, T, S)``, or ``(B, N, T, S)`` for rank-4 inputs, with 1 in
+            place of any axis. A query sees what the mask, ``is_causal`` and ``key_value_seq_lengths`` all allow; one
+            that sees no key has output zero and no gradient. Keys that no query sees count for nothing, even where
+            they hold NaN. Memory is the mask's own and a block's. Not for ``"triton"``.
         ridge_lambda: The ridge, > 0: a number, or an array that broadcasts to ``(B, S)`` or ``(B, T, N)`` by NumPy's
             rules (so ``(N,)`` is one per head, ``(B, T, 1)`` one per token). It is in units of the squared key and is
             multiplied by omega as in the PyTorch package ``flashlla``. Numbers and NumPy arrays are checked here;
@@ -118,6 +130,8 @@ def lla_attention(
         qk_scale: Factor of the logits, a Python number; None for 1 / sqrt(key dimension).
         is_causal: Whether query i sees only the keys up to its own position. With more keys than queries the two are
             aligned at the end: the last query sees every key. More queries than keys are refused.
+        key_value_seq_lengths: ``(B,)``, integers from 0 to S: how many leading keys of each batch entry there are, the
+            rest being padding. A mask, in O(S) memory; the alignment of ``is_causal`` is still that of the arrays.
         delta_eps: Added, with its sign, to the denominator of the paper's equation, as in ``flashlla``; a constant
             under differentiation. >= 0.
         cg_atol: Floor of the squared right-hand side in the stop below. >= 0; None for 0, a purely relative stop.
@@ -129,7 +143,7 @@ def lla_attention(
             is set, else DEFAULT.
         implementation: ``"triton"`` (fused kernels, NVIDIA GPU of compute capability 8.0 or more), ``"xla"`` (any
             platform, O(S D) memory), ``"reference"`` (dense, for tests), or None for the best that runs: Triton where
-            it can serve the call, XLA elsewhere. A named one is used or refused, never replaced.
+            it can serve the call, XLA elsewhere and with a mask. A named one is used or refused, never replaced.
         return_residuals: Whether to return ``(o, residuals)``, residuals being a
             :class:`~flashlla_jax.Residuals` (omega, logsumexp, iterations, residual_norm) of constants.
 
@@ -156,13 +170,16 @@ def lla_attention(
         cg_use_preconditioner=_check_flag("cg_use_preconditioner", cg_use_preconditioner),
         precision=_check_precision(precision),
     )
-    attend = _implementation(implementation, query, value)
+    visible = canonical_mask(mask, key_value_seq_lengths, query, key)
+    attend = _implementation(implementation, query, value, visible is not None)
 
-    if query.ndim == 4:
-        o, residuals = attend(query, key, value, ridge_lambda, options)
-    else:
-        # (B, S, D) is one head
-        o, residuals = attend(*(x[:, :, None] for x in (query, key, value, ridge_lambda)), options)
+    one_head = query.ndim == 3
+    if one_head:
+        query, key, value, ridge_lambda = (x[:, :, None] for x in (query, key, value, ridge_lambda))
+    if visible is not None:
+        key, value = without_unseen(query, key, value, visible, is_causal)
+    o, residuals = attend(query, key, value, ridge_lambda, options, visible)
+    if one_head:
         o, residuals = jax.tree.map(lambda x: x[:, :, 0], (o, residuals))
     return (o, lax.stop_gradient(residuals)) if return_residuals else o
 
@@ -179,7 +196,9 @@ def lla_attention_and_omega(
     cg_max_iters: int | None = None,
     cg_use_preconditioner: bool = False,
     *,
+    mask: Mask | None = None,
     is_causal: bool = True,
+    key_value_seq_lengths: Int[Array, " B"] | None = None,
     precision: str | lax.Precision | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Output, Array]:
@@ -193,9 +212,11 @@ def lla_attention_and_omega(
         query,
         key,
         value,
+        mask=mask,
         ridge_lambda=ridge_lambda,
         qk_scale=qk_scale,
         is_causal=is_causal,
+        key_value_seq_lengths=key_value_seq_lengths,
         delta_eps=delta_eps,
         cg_atol=cg_atol,
         cg_rtol=cg_rtol,
@@ -233,15 +254,16 @@ def _no_triton() -> str | None:
     return None
 
 
-def _implementation(name: str | None, query: Array, value: Array) -> Callable[..., Any]:
+def _implementation(name: str | None, query: Array, value: Array, masked: bool) -> Callable[..., Any]:
     if name is None:
-        return blockwise.attention if _no_triton() or kernels.refusal(query, value) else dispatch.attention
+        served = not (masked or _no_triton() or kernels.refusal(query, value))
+        return dispatch.attention if served else blockwise.attention
     if name == "xla":
         return blockwise.attention
     if name == "reference":
         return reference.attention
     if name == "triton":
-        reason = kernels.refusal(query, value) or _no_triton()
+        reason = "it takes no mask" if masked else kernels.refusal(query, value) or _no_triton()
         if reason:
             raise NotImplementedError(
                 f'implementation="triton" cannot serve this call: {reason}. '

@@ -17,6 +17,8 @@ blocks end at the last block that any query of the block sees: hidden blocks are
 Within a query block every key is taken relative to ``origin``, the mean of the keys that the block's first query sees.
 The logits change by a constant per row and the regression not at all, and what a large common offset of the keys
 would lose to rounding is kept. Only keys that every query of the block sees enter it, so nothing leaks from the future.
+
+A mask is cut with the queries: what one block of them sees is a boolean strip as large as a quarter of its weights.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from flashlla_jax import conjugate_gradient
 from flashlla_jax.interface import Options, Residuals, accumulation_dtype, differentiable, usable_ridge, visible_keys
@@ -49,6 +51,7 @@ class _Queries(NamedTuple):
     lam: Float[Array, "I H R"]
     visible: Int[Array, "I R"]  # leading keys that the query sees
     origin: Float[Array, "I H 1 D"]
+    seen: Bool[Array, "J H R C"] | None = None  # with a mask, inside a scan: all that the query sees
 
 
 class _Keys(NamedTuple):
@@ -133,6 +136,30 @@ def _cut(query: Array, key: Array, value: Array, lam: Array, options: Options) -
     )
 
 
+def _with_mask(queries: _Queries, keys: _Keys, mask: Array, i: Array, layout: _Layout) -> _Queries:
+    """Query block i with ``seen``, and with the mean of the keys that every query in it sees as its origin.
+
+    A query that sees no key has no say in the origin. Where the queries have no key in common it is 0.
+    """
+    count, _, columns, _ = keys.k.shape
+    if mask.shape[2] > 1:
+        padding = layout.count * layout.rows - layout.length
+        mask = jnp.pad(mask, [(0, 0), (0, 0), (0, padding), (0, 0)], mode="edge")
+        mask = lax.dynamic_slice_in_dim(mask, i * layout.rows, layout.rows, axis=2)
+    if mask.shape[3] > 1:
+        mask = jnp.pad(mask, [(0, 0), (0, 0), (0, 0), (0, count * columns - mask.shape[3])])
+    mask = jnp.broadcast_to(mask, (layout.batch, layout.heads * layout.group, layout.rows, count * columns))
+    seen = jnp.moveaxis(mask.reshape(*queries.lam.shape, count, columns), 2, 0)
+    index = jnp.arange(count * columns, dtype=jnp.int32).reshape(count, 1, 1, columns)
+    seen = seen & (index < queries.visible[None, None, :, None])
+
+    blind = ~jnp.any(seen, axis=(0, 3), keepdims=True)
+    shared = jnp.all(seen | blind, axis=2)[..., None]
+    number = jnp.maximum(jnp.sum(shared, axis=(0, 2), dtype=keys.k.dtype), 1)
+    origin = jnp.sum(jnp.where(shared, keys.k, 0), axis=(0, 2)) / number
+    return queries._replace(seen=seen, origin=origin[:, None])
+
+
 class _Tolerances(NamedTuple):
     rtol: float
     atol: float
@@ -189,15 +216,20 @@ def _add_up(blocks: Array, start: _Sum, term: Callable[[Array], _Sum]) -> _Sum:
     return lax.fori_loop(0, blocks, lambda j, acc: jax.tree.map(jnp.add, acc, term(j)), start)
 
 
-def _logits(q: Array, k: Array, visible: Array, j: Array, options: Options, dot: lax.Precision) -> Array:
-    s = options.qk_scale * _rows_by_keys(q, k, dot)
+def _logits(queries: _Queries, k: Array, j: Array, options: Options, dot: lax.Precision) -> Array:
+    s = options.qk_scale * _rows_by_keys(queries.q, k, dot)
+    if queries.seen is not None:
+        return jnp.where(queries.seen[j], s, -jnp.inf)
     columns = j * k.shape[1] + jnp.arange(k.shape[1], dtype=jnp.int32)
-    return jnp.where((columns[None, :] < visible[:, None])[None], s, -jnp.inf)
+    return jnp.where((columns[None, :] < queries.visible[:, None])[None], s, -jnp.inf)
 
 
-def _visible_blocks(visible: Array, k: Array) -> Array:
-    """How many of the key blocks (J, H, C, D) some query of the block sees."""
-    return (jnp.max(visible) + k.shape[2] - 1) // k.shape[2]
+def _visible_blocks(queries: _Queries, k: Array) -> Array:
+    """How many of the key blocks (J, H, C, D), up to the last that some query of the block sees a key of."""
+    if queries.seen is not None:
+        used = jnp.any(queries.seen, axis=(1, 2, 3))
+        return jnp.max(jnp.where(used, jnp.arange(1, k.shape[0] + 1, dtype=jnp.int32), 0))
+    return (jnp.max(queries.visible) + k.shape[2] - 1) // k.shape[2]
 
 
 def _solve(block: _QueryBlock, rhs: Array, options: Options, tol: _Tolerances) -> conjugate_gradient.Solution:
@@ -235,18 +267,20 @@ def _solve(block: _QueryBlock, rhs: Array, options: Options, tol: _Tolerances) -
 def _forward_block(
     queries: _Queries, keys: _Keys, options: Options, tol: _Tolerances
 ) -> tuple[Array, _Saved, Residuals]:
-    q, lam, visible, origin = queries
+    q, lam, origin = queries.q, queries.lam, queries.origin
     v = keys.v
     k = keys.k - origin[None]
-    blocks = _visible_blocks(visible, k)
+    blocks = _visible_blocks(queries, k)
     strip = jnp.zeros((*k.shape[:2], q.shape[1], k.shape[2]), q.dtype)
 
     def logits_and_top(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         strip, top = carry
-        s = _logits(q, k[j], visible, j, options, tol.dot)
+        s = _logits(queries, k[j], j, options, tol.dot)
         return strip.at[j].set(s), jnp.maximum(top, jnp.max(s, axis=-1))
 
     strip, top = lax.fori_loop(0, blocks, logits_and_top, (strip, jnp.full_like(lam, -jnp.inf)))
+    if queries.seen is not None:  # a query that sees no key: weights exp(-inf - 0)
+        top = jnp.where(top == -jnp.inf, 0, top)
 
     def weights_and_sums(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         strip, omega, kbar = carry
@@ -254,8 +288,9 @@ def _forward_block(
         return strip.at[j].set(w), omega + jnp.sum(w, axis=-1), kbar + _rows_by_features(w, k[j], tol.dot)
 
     strip, omega, kbar = lax.fori_loop(0, blocks, weights_and_sums, (strip, jnp.zeros_like(lam), jnp.zeros_like(q)))
-    weights = lax.fori_loop(0, blocks, lambda j, strip: strip.at[j].set(strip[j] / omega[..., None]), strip)
-    kbar = kbar / omega[..., None]
+    total = omega if queries.seen is None else jnp.where(omega > 0, omega, 1)
+    weights = lax.fori_loop(0, blocks, lambda j, strip: strip.at[j].set(strip[j] / total[..., None]), strip)
+    kbar = kbar / total[..., None]
     block = _QueryBlock(k, weights, blocks, kbar, lam)
 
     m = kbar - (q - origin)
@@ -267,27 +302,26 @@ def _forward_block(
         jnp.zeros((*q.shape[:2], v.shape[-1]), q.dtype),
         lambda j: _rows_by_features(weights[j] * (a0[..., None] - _rows_by_keys(x, k[j], tol.dot)), v[j], tol.dot),
     )
-    damping = omega / (omega + options.delta_eps * (1 + jnp.sum(m * x, axis=-1)))
-    logsumexp = top + jnp.log(omega)
+    damping = total / (total + options.delta_eps * (1 + jnp.sum(m * x, axis=-1)))
     shift = options.qk_scale * jnp.sum(q * origin, axis=-1)  # what the origin took off the logits
-    residuals = Residuals(omega, logsumexp + shift, solution.iterations, solution.residual_norm)
-    return o * damping[..., None], _Saved(logsumexp, kbar, x, a0, damping), residuals
+    residuals = Residuals(omega, top + jnp.log(omega) + shift, solution.iterations, solution.residual_norm)
+    return o * damping[..., None], _Saved(top + jnp.log(total), kbar, x, a0, damping), residuals
 
 
 def _backward_block(
     queries: _Queries, keys: _Keys, saved: _Saved, g: Array, grads: _Keys, options: Options, tol: _Tolerances
 ) -> tuple[Array, Array, _Keys]:
     """dq and dlambda of the block, and dk and dv with the block's share added."""
-    q, lam, visible, origin = queries
+    q, lam, origin = queries.q, queries.lam, queries.origin
     v = keys.v
     k = keys.k - origin[None]
-    blocks = _visible_blocks(visible, k)
+    blocks = _visible_blocks(queries, k)
     g = g * saved.damping[..., None]
     strip = jnp.zeros((*k.shape[:2], q.shape[1], k.shape[2]), q.dtype)
 
     def weights_and_gamma(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         weights, gamma, gbar = carry
-        p = jnp.exp(_logits(q, k[j], visible, j, options, tol.dot) - saved.logsumexp[..., None])
+        p = jnp.exp(_logits(queries, k[j], j, options, tol.dot) - saved.logsumexp[..., None])
         gv = _rows_by_keys(g, v[j], tol.dot)
         return weights.at[j].set(p), gamma.at[j].set(gv), gbar + jnp.sum(p * gv, axis=-1)
 
@@ -320,22 +354,33 @@ def _backward_block(
 
 
 def forward(
-    query: Array, key: Array, value: Array, ridge_lambda: Array, options: Options
+    query: Array, key: Array, value: Array, ridge_lambda: Array, options: Options, mask: Array | None = None
 ) -> tuple[tuple[Array, Residuals], _Saved]:
     """``((o, residuals), saved)``: the forward pass, and what ``backward`` needs of it."""
     tol = _tolerances(query.dtype, options)
     queries, keys = _cut(query, key, value, ridge_lambda, options)
 
-    def step(_: None, block: _Queries) -> tuple[None, tuple[Array, _Saved, Residuals]]:
+    layout, _ = _layouts(query, key)
+
+    def step(_: None, of: tuple[Array, _Queries]) -> tuple[None, tuple[Array, _Saved, Residuals]]:
+        i, block = of
+        block = block if mask is None else _with_mask(block, keys, mask, i, layout)
         return None, _forward_block(block, keys, options, tol)
 
-    _, (o, saved, residuals) = lax.scan(step, None, queries)
-    join = _layouts(query, key)[0].join
+    _, (o, saved, residuals) = lax.scan(step, None, (jnp.arange(layout.count, dtype=jnp.int32), queries))
+    join = layout.join
     return (join(o).astype(query.dtype), Residuals(*map(join, residuals))), saved
 
 
 def backward(
-    query: Array, key: Array, value: Array, ridge_lambda: Array, saved: _Saved, g: Array, options: Options
+    query: Array,
+    key: Array,
+    value: Array,
+    ridge_lambda: Array,
+    saved: _Saved,
+    g: Array,
+    options: Options,
+    mask: Array | None = None,
 ) -> tuple[Array, Array, Array, Array]:
     """``(dquery, dkey, dvalue, dridge_lambda)`` for the cotangent g of the output."""
     tol = _tolerances(query.dtype, options)
@@ -343,12 +388,14 @@ def backward(
     query_layout, key_layout = _layouts(query, key)
     g = query_layout.cut(g, mode="constant").astype(queries.q.dtype)  # padding adds nothing to dk and dv
 
-    def step(grads: _Keys, block: tuple[_Queries, _Saved, Array]) -> tuple[_Keys, tuple[Array, Array]]:
-        of_queries, of_saved, of_g = block
-        dq, dlam, grads = _backward_block(of_queries, keys, of_saved, of_g, grads, options, tol)
+    def step(grads: _Keys, of: tuple[Array, _Queries, _Saved, Array]) -> tuple[_Keys, tuple[Array, Array]]:
+        i, block, of_saved, of_g = of
+        block = block if mask is None else _with_mask(block, keys, mask, i, query_layout)
+        dq, dlam, grads = _backward_block(block, keys, of_saved, of_g, grads, options, tol)
         return grads, (dq, dlam)
 
-    grads, (dq, dlam) = lax.scan(step, jax.tree.map(jnp.zeros_like, keys), (queries, saved, g))
+    blocks = (jnp.arange(query_layout.count, dtype=jnp.int32), queries, saved, g)
+    grads, (dq, dlam) = lax.scan(step, jax.tree.map(jnp.zeros_like, keys), blocks)
     return (
         query_layout.join(dq).astype(query.dtype),
         key_layout.join(grads.k).astype(key.dtype),

@@ -1,8 +1,10 @@
 """What every implementation is given and gives back.
 
-An implementation is a function ``(query, key, value, ridge_lambda, options) -> (o, Residuals)`` on the canonical
+An implementation is a function ``(query, key, value, ridge_lambda, options, mask) -> (o, Residuals)`` on the canonical
 layout: query ``(B, T, N, D)``, key ``(B, S, K, D)``, value ``(B, S, K, Dv)``, ridge_lambda ``(B, T, N)`` in the
-accumulation dtype, with K dividing N. ``attention.py`` has checked the arguments before any of them is called.
+accumulation dtype, with K dividing N. mask is None, or boolean, ``(B, N, T, S)`` or 1 in place of any of them, True
+where a key is visible; a query that sees no key has output zero and no gradient. ``attention.py`` has checked the
+arguments before any of them is called, and has zeroed the keys and values that no query sees.
 """
 
 from __future__ import annotations
@@ -53,24 +55,29 @@ class Residuals(NamedTuple):
 def differentiable(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
     """The implementation whose passes these are, paired in a ``jax.custom_vjp``; the residuals count as constants.
 
+    Both passes are given a mask after the options where there is one, so passes that take none need not name it.
+
     Args:
-        forward: ``(query, key, value, ridge_lambda, options) -> ((o, residuals), saved)``.
-        backward: ``(query, key, value, ridge_lambda, saved, g, options) -> (dquery, dkey, dvalue, dridge_lambda)``, g
-            being the cotangent of o.
+        forward: ``(query, key, value, ridge_lambda, options[, mask]) -> ((o, residuals), saved)``.
+        backward: ``(query, key, value, ridge_lambda, saved, g, options[, mask]) -> (dquery, dkey, dvalue,
+            dridge_lambda)``, g being the cotangent of o.
     """
 
-    @partial(jax.custom_vjp, nondiff_argnums=(4,))
-    def attention(query: Any, key: Any, value: Any, ridge_lambda: Any, options: Options) -> Any:
-        return forward(query, key, value, ridge_lambda, options)[0]
+    def given(mask: Any) -> tuple[Any, ...]:
+        return () if mask is None else (mask,)
 
-    def attention_fwd(query: Any, key: Any, value: Any, ridge_lambda: Any, options: Options) -> Any:
-        out, saved = forward(query, key, value, ridge_lambda, options)
-        return out, (query, key, value, ridge_lambda, saved)
+    @partial(jax.custom_vjp, nondiff_argnums=(4,))
+    def attention(query: Any, key: Any, value: Any, ridge_lambda: Any, options: Options, mask: Any = None) -> Any:
+        return forward(query, key, value, ridge_lambda, options, *given(mask))[0]
+
+    def attention_fwd(query: Any, key: Any, value: Any, ridge_lambda: Any, options: Options, mask: Any = None) -> Any:
+        out, saved = forward(query, key, value, ridge_lambda, options, *given(mask))
+        return out, (query, key, value, ridge_lambda, mask, saved)
 
     def attention_bwd(options: Options, kept: Any, cotangents: Any) -> Any:
-        query, key, value, ridge_lambda, saved = kept
+        query, key, value, ridge_lambda, mask, saved = kept
         g, _ = cotangents
-        return backward(query, key, value, ridge_lambda, saved, g, options)
+        return *backward(query, key, value, ridge_lambda, saved, g, options, *given(mask)), None
 
     attention.defvjp(attention_fwd, attention_bwd)
     return attention

@@ -9,6 +9,8 @@ For query i over its visible keys j (arXiv 2510.01450, section 3; design.md sect
     mu_i = sum_j w_ij z_ij,  Sigma_i = sum_j w_ij z_ij z_ij^T + lambda_i omega_i I,  rho_i = Sigma_i^-1 mu_i
     o_i = sum_j w_ij (1 - z_ij.rho_i) / (omega_i - mu_i.rho_i) v_j
 
+A query that sees no key, by a mask, has output zero.
+
 ``delta_eps`` is added, with its sign, to the denominator ``omega_i - mu_i.rho_i``. The factor that this multiplies
 ``o_i`` by counts as a constant under differentiation.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from flashlla_jax.interface import Options, Residuals, accumulation_dtype, usable_ridge, visible_keys
 
@@ -28,11 +30,18 @@ def _by_head(x: Array, heads: int) -> Array:
     return jnp.repeat(x, heads // x.shape[1], axis=1)
 
 
-def _logits(q: Array, k: Array, options: Options) -> Array:
-    """qk_scale q.k with -inf where key j is hidden from query i, (B, N, T, S)."""
+def _weights(q: Array, k: Array, options: Options, mask: Array | None) -> tuple[Array, Array, Array, Array]:
+    """``(w, omega, total, top)``: w (B, N, T, S), 0 where key j is hidden from query i; total is omega, or 1 for 0."""
     s = options.qk_scale * jnp.einsum("bntd,bnsd->bnts", q, k, precision="highest")
     visible = visible_keys(q.shape[2], k.shape[2], options.is_causal)
-    return jnp.where((jnp.arange(k.shape[2], dtype=jnp.int32)[None, :] < visible[:, None])[None, None], s, -jnp.inf)
+    seen = (jnp.arange(k.shape[2], dtype=jnp.int32)[None, :] < visible[:, None])[None, None]
+    seen = seen if mask is None else seen & mask
+    s = jnp.where(seen, s, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
+    top = jnp.where(top == -jnp.inf, 0, top)
+    w = jnp.exp(s - top)
+    omega = jnp.sum(w, axis=-1)
+    return w, omega, jnp.where(omega > 0, omega, 1), top[..., 0]
 
 
 def _canonical(query: Array, key: Array, value: Array, ridge_lambda: Array) -> tuple[Array, Array, Array, Array]:
@@ -51,25 +60,23 @@ def attention(
     value: Float[Array, "B S K Dv"],
     ridge_lambda: Float[Array, "B T N"],
     options: Options,
+    mask: Bool[Array, "#B #N #T #S"] | None = None,
 ) -> tuple[Float[Array, "B T N Dv"], Residuals]:
     """The paper's form. Differentiable by JAX itself; 16-bit inputs are computed in float32.
 
     The ``cg_*`` options and ``precision`` do not apply: the solve is direct and every product is exact to the dtype.
     """
     q, k, v, lam = _canonical(query, key, value, ridge_lambda)
-    s = _logits(q, k, options)
-    top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
-    w = jnp.exp(s - top)
-    omega = jnp.sum(w, axis=-1)
+    w, omega, total, top = _weights(q, k, options, mask)
 
     z = k[:, :, None] - q[:, :, :, None]  # (B, N, T, S, D)
     wz = w[..., None] * z
     mu = jnp.sum(wz, axis=-2)
-    ridge = (lam * omega)[..., None, None] * jnp.eye(q.shape[-1], dtype=q.dtype)[None, None, None]
+    ridge = (lam * total)[..., None, None] * jnp.eye(q.shape[-1], dtype=q.dtype)[None, None, None]
     sigma = jnp.einsum("bntsd,bntse->bntde", wz, z, precision="highest") + ridge
     rho = jnp.linalg.solve(sigma, mu[..., None])[..., 0]
 
-    denominator = omega - jnp.sum(mu * rho, axis=-1)
+    denominator = total - jnp.sum(mu * rho, axis=-1)
     damping = denominator / (denominator + options.delta_eps * jnp.sign(denominator))
     weights = w * (1 - jnp.einsum("bntsd,bntd->bnts", z, rho, precision="highest")) / denominator[..., None]
     weights = weights * jax.lax.stop_gradient(damping)[..., None]
@@ -79,7 +86,7 @@ def attention(
     defect = mu - jnp.einsum("bntde,bnte->bntd", sigma, rho, precision="highest")
     residuals = Residuals(
         omega=omega,
-        logsumexp=top[..., 0] + jnp.log(omega),
+        logsumexp=top + jnp.log(omega),
         iterations=jnp.zeros(omega.shape, jnp.int32),
         residual_norm=jnp.linalg.norm(defect, axis=-1) / jnp.abs(denominator),
     )
@@ -94,6 +101,7 @@ def attention_backward(
     ridge_lambda: Float[Array, "B T N"],
     cotangent: Float[Array, "B T N Dv"],
     options: Options,
+    mask: Bool[Array, "#B #N #T #S"] | None = None,
 ) -> tuple[Array, Array, Array, Array]:
     """The gradient of ``attention`` written out: ``(dquery, dkey, dvalue, dridge_lambda)``, shaped as the inputs.
 
@@ -102,9 +110,8 @@ def attention_backward(
     """
     q, k, v, lam = _canonical(query, key, value, ridge_lambda)
     g = jnp.moveaxis(cotangent, 2, 1).astype(q.dtype)
-    s = _logits(q, k, options)
-    p = jax.nn.softmax(s, axis=-1)
-    omega = jnp.sum(jnp.exp(s - jnp.max(s, axis=-1, keepdims=True)), axis=-1)
+    w, _, total, _ = _weights(q, k, options, mask)
+    p = w / total[..., None]
 
     def einsum(subscripts: str, *operands: Array) -> Array:
         return jnp.einsum(subscripts, *operands, precision="highest")
@@ -117,7 +124,7 @@ def attention_backward(
     m = kbar - q
     x = jnp.linalg.solve(a_matrix, m[..., None])[..., 0]
     a = 1 - einsum("bntsd,bntd->bnts", kc, x)
-    damping = omega / (omega + options.delta_eps * (1 + jnp.sum(m * x, axis=-1)))
+    damping = total / (total + options.delta_eps * (1 + jnp.sum(m * x, axis=-1)))
     g = g * damping[..., None]
 
     gamma = einsum("bntd,bnsd->bnts", g, v)

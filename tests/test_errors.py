@@ -225,7 +225,36 @@ OPTIONS = [
     option("precision", 7, ValueError, "'default', 'high', 'highest'", "got 7"),
 ]
 
-CASES = [*SHAPES, *DTYPES, *TYPES, *RIDGES, *OPTIONS]
+FULL = "(B, N, T, S) = (2, 4, 6, 6)"
+
+
+def masked(name: str, argument: str, value: Any, error: type[Exception], *parts: str) -> Case:
+    return Case(f"{argument} {name}", {argument: value}, error, (argument, *parts), RANK_4)
+
+
+MASKS = [
+    masked("float", "mask", np.ones((2, 4, 6, 6)), TypeError, "must be boolean", "got dtype float64"),
+    masked("integer", "mask", jnp.ones((2, 4, 6, 6), "int32"), TypeError, "must be boolean", "got dtype int32"),
+    masked("a list", "mask", [True], TypeError, "must be a boolean array, got list"),
+    masked("rank 2", "mask", np.ones((6, 6), bool), ValueError, f"must have the shape {FULL}", "got (6, 6)"),
+    masked("rank 3", "mask", np.ones((2, 6, 6), bool), ValueError, FULL, "or 1 in place of any", "got (2, 6, 6)"),
+    masked("key/value heads", "mask", np.ones((2, 2, 6, 6), bool), ValueError, FULL, "got (2, 2, 6, 6)"),
+    masked("too long", "mask", np.ones((2, 1, 1, 7), bool), ValueError, FULL, "got (2, 1, 1, 7)"),
+    Case(
+        "mask of rank 4 for rank 3",
+        {"mask": np.ones((2, 1, 6, 6), bool)},
+        ValueError,
+        ("mask", "(B, T, S) = (2, 6, 6)", "got (2, 1, 6, 6)"),
+    ),
+    masked("a list", "key_value_seq_lengths", [3, 4], TypeError, "must be an integer array, got list"),
+    masked("float", "key_value_seq_lengths", np.ones(2), TypeError, "must be integers, got dtype float64"),
+    masked("scalar", "key_value_seq_lengths", jnp.asarray(3), ValueError, "(B,) = (2,)", "got ()"),
+    masked("other batch", "key_value_seq_lengths", np.ones(3, int), ValueError, "(B,) = (2,)", "got (3,)"),
+    masked("too long", "key_value_seq_lengths", np.array([3, 7]), ValueError, "between 0 and", "6", "got 3 to 7"),
+    masked("negative", "key_value_seq_lengths", np.array([3, -1]), ValueError, "between 0 and", "got -1 to 3"),
+]
+
+CASES = [*SHAPES, *DTYPES, *TYPES, *RIDGES, *OPTIONS, *MASKS]
 
 
 @pytest.fixture(autouse=True)
@@ -305,7 +334,7 @@ class TestPrecision:
     def given(self, monkeypatch: pytest.MonkeyPatch) -> list[jax.lax.Precision]:
         precisions: list[jax.lax.Precision] = []
 
-        def record(query: Any, key: Any, value: Any, ridge_lambda: Any, options: Any) -> tuple[Any, Any]:
+        def record(query: Any, key: Any, value: Any, ridge_lambda: Any, options: Any, mask: Any) -> tuple[Any, Any]:
             precisions.append(options.precision)
             return value, ridge_lambda
 

@@ -104,10 +104,13 @@ def test_documented(name: str) -> None:
     """Every public name has a docstring that mentions every parameter or field, or refers to ``lla_attention``,
     which has the parameter and does."""
     x = getattr(flashlla_jax, name)
-    entries = set(re.findall(r"^\s+(\w+): ", inspect.getdoc(x) or "", re.MULTILINE))
-    parameters = set(inspect.signature(x).parameters)
     doc = inspect.getdoc(x)
     assert doc
+    if isinstance(x, type) and "__init__" in vars(x):  # an NNX module, whose metaclass hides the signature
+        x = x.__init__
+        doc += "\n" + (inspect.getdoc(x) or "")
+    entries = set(re.findall(r"^\s+(\w+): ", doc, re.MULTILINE))
+    parameters = set(inspect.signature(x).parameters) - {"self"}
     if ":func:`lla_attention`" in doc:
         entries |= set(inspect.signature(lla_attention).parameters)
     assert parameters <= entries, f"not documented: {sorted(parameters - entries)}"

@@ -1,0 +1,150 @@
+"""What the trained examples' runs share: checkpoints, a Ctrl-C that saves first, files written at once, flags."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    import orbax.checkpoint as ocp
+except ModuleNotFoundError as error:
+    sys.exit(f'{error.name} is not installed; the examples need: pip install "flashlla-jax[examples]"')
+
+
+@dataclass
+class State:
+    """All that training goes on from. The step is not in it: it is the checkpoint's name."""
+
+    params: Any
+    optimizer: Any
+    history: dict[str, np.ndarray]  # by step, NaN where there is nothing: loss, validation, seconds
+
+
+class RunError(Exception):
+    """What the user is told in one line."""
+
+
+def check_config(what: str, found: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raises a RunError that names what differs, if anything does."""
+    pairs = [f"{name} {found.get(name)}, not {value}" for name, value in config.items() if found.get(name) != value]
+    if pairs:
+        raise RunError(
+            f"{what} was made with {', '.join(pairs)}; give the same flags, another --output-dir, or --fresh to start "
+            "over"
+        )
+
+
+class Checkpoints:
+    """The checkpoints of one run: a folder per step, written whole or not at all, the last two kept."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory.resolve()
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, enable_async_checkpointing=False)
+        if self.directory.exists() and not self.directory.is_dir():
+            raise RunError(f"{self.directory} is not a folder; give another --output-dir")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """How many steps the latest checkpoint has behind it; None without one."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: State, config: dict[str, Any]) -> None:
+        items = {name: ocp.args.StandardSave(item) for name, item in vars(state).items()}
+        about = ocp.args.JsonSave(config)
+        self._manager.save(step, args=ocp.args.Composite(config=about, **items))
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # orbax and its storage raise a dozen kinds for a damaged file
+            reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+            folder = self.directory / str(step)
+            raise RunError(
+                f"cannot read the checkpoint {folder}: {reason}; delete it, or start over with --fresh"
+            ) from error
+
+    def config(self, step: int) -> dict[str, Any]:
+        """What :meth:`save` was given as such."""
+        return self._restore(step, config=ocp.args.JsonRestore()).config
+
+    def check_config(self, step: int, config: dict[str, Any]) -> None:
+        """Refuses a checkpoint that was made with another configuration."""
+        check_config(f"the checkpoint in {self.directory}", self.config(step), config)
+
+    def restore(self, step: int, like: State) -> State:
+        """The state; ``like`` has its shapes and dtypes."""
+        items = {name: ocp.args.StandardRestore(item) for name, item in vars(like).items()}
+        return State(**dict(self._restore(step, **items)))
+
+    def params(self, step: int, like: Any) -> Any:
+        """The parameters alone."""
+        return self._restore(step, params=ocp.args.StandardRestore(like)).params
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+
+class StopRequest:
+    """Within it, the first Ctrl-C or SIGTERM only raises a flag; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+
+class Stopped(Exception):
+    """Training was asked to stop and has saved its state."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.code = 128 + number  # the shell's convention: 130 for Ctrl-C
+
+
+def write(path: Path, save: Callable[[Path], Any]) -> None:
+    """Through a temporary name: a reader finds the old file or the new one."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    save(temporary)
+    temporary.replace(path)
+
+
+def number(kind: type[int] | type[float], least: float, above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite number not below ``least``, or above it."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not math.isfinite(value) or value < least or (above and value == least):
+            raise argparse.ArgumentTypeError(f"must be {'>' if above else '>='} {least:g}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse

@@ -1,0 +1,434 @@
+"""Train a byte-level language model on the sources of Python's standard library, with LLA or softmax attention.
+
+    python examples/train_char_lm.py                                        # LLA, minutes on two CPU cores
+    python examples/train_char_lm.py --attention both                       # and softmax attention, same budget
+    python examples/train_char_lm.py --attention both --preset h200
+    python examples/train_char_lm.py --generate "def main("                 # sample from the checkpoint
+
+A decoder-only transformer (pre-norm, rotary positions, AdamW with warm-up and cosine decay) whose attention alone
+differs. Training writes checkpoints: stop it with Ctrl-C or kill it, give the same command again, and it goes on to the
+same result. A batch is a function of the seed and the step only, and the loss history lies in the checkpoint.
+
+Prints the validation loss beside that of a bigram model of the same text; writes the losses as JSON and as a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from runs import Checkpoints, RunError, State, Stopped, StopRequest, number, write
+from stdlib_text import END, VOCABULARY, Text, bigram_loss, load_text, windows
+from transformer import COLORS, IMPLEMENTATIONS, LLA, SOFTMAX, TITLES, Array, Transformer, count_parameters
+
+try:
+    import optax
+    from matplotlib.figure import Figure
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    sys.exit(f'{error.name} is not installed; the examples need: pip install "flashlla-jax[examples]"')
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a result depends on. A checkpoint keeps it, and is continued with the same one only."""
+
+    attention: str
+    implementation: str | None
+    features: int
+    layers: int
+    heads: int
+    context: int
+    batch: int
+    steps: int
+    warmup: int
+    learning_rate: float
+    weight_decay: float
+    dtype: str
+    eval_every: int
+    eval_windows: int
+    seed: int
+    text: str  # its hash
+
+
+# 0.5 million parameters, which see 0.8 million bytes; 38 million parameters, which see 39 million bytes.
+PRESETS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "features": 128, "layers": 2, "heads": 4, "context": 128, "batch": 16, "steps": 400, "warmup": 40,
+        "learning_rate": 3e-3, "weight_decay": 0.1, "dtype": "float32", "eval_every": 100, "eval_windows": 128,
+    },
+    "h200": {
+        "features": 512, "layers": 12, "heads": 8, "context": 1024, "batch": 64, "steps": 600, "warmup": 60,
+        "learning_rate": 1e-3, "weight_decay": 0.1, "dtype": "bfloat16", "eval_every": 100, "eval_windows": 256,
+    },
+}  # fmt: skip
+
+
+class CharLM(nnx.Module):
+    """Bytes ``(B, T)`` to the logits of the next byte, ``(B, T, 256)`` in float32."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+        self.embed = nnx.Embed(VOCABULARY, config.features, dtype=dtype, rngs=rngs)
+        self.transformer = Transformer(
+            config.attention,
+            config.features,
+            config.layers,
+            config.heads,
+            dtype=dtype,
+            implementation=config.implementation,
+            rngs=rngs,
+        )
+        self.head = nnx.Linear(config.features, VOCABULARY, use_bias=False, rngs=rngs)  # logits in float32
+
+    def __call__(self, tokens: Array, decode: bool = False) -> Array:
+        return self.head(self.transformer(self.embed(tokens), decode=decode))
+
+
+def abstract_model(config: Config) -> tuple[Any, Any]:
+    """The model's structure and the shapes of its parameters; computes nothing."""
+    graph, params = nnx.split(nnx.eval_shape(lambda: CharLM(config, rngs=nnx.Rngs(0))))
+    return graph, nnx.to_pure_dict(params)
+
+
+def decayed(params: Any) -> Any:
+    """Where weight decay applies: to kernels and embeddings.
+
+    Not to LLA's learned ridge, which decay would pull to an arbitrary value, nor to the norms' scales and to biases.
+    """
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup, config.steps, end_value=config.learning_rate / 10
+    )
+    adamw = optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay, mask=decayed)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
+class Trainer:
+    """The jit-ed functions of one configuration on one text."""
+
+    def __init__(self, config: Config, text: Text):
+        self.config = config
+        self._optimizer = make_optimizer(config)
+        self._graph, _ = abstract_model(config)
+        self._text = jax.device_put(text.train)
+        self._validation = jax.device_put(windows(text.validation, config.eval_windows, config.context + 1))
+        self._step = jax.jit(self._train_step, donate_argnums=(0, 1))
+        self._evaluate = jax.jit(self._validation_loss)
+
+    def _initial(self) -> tuple[Any, Any]:
+        params = nnx.to_pure_dict(nnx.state(CharLM(self.config, rngs=nnx.Rngs(self.config.seed))))
+        return params, self._optimizer.init(params)
+
+    def _state(self, params: Any, optimizer: Any) -> State:
+        names = ("loss", "validation", "seconds")
+        return State(params, optimizer, {name: np.full(self.config.steps, np.nan) for name in names})
+
+    def init(self) -> State:
+        return self._state(*jax.jit(self._initial)())
+
+    def abstract(self) -> State:
+        """The shapes and dtypes of the state."""
+        return self._state(*jax.eval_shape(self._initial))
+
+    def _loss(self, params: Any, tokens: Array) -> Array:
+        tokens = tokens.astype(jnp.int32)
+        logits = nnx.merge(self._graph, params)(tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    def batch(self, text: Array, step: Array) -> Array:
+        """``(batch, context + 1)`` random pieces of the text: a function of the seed and the step."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), step)
+        length = self.config.context + 1
+        starts = jax.random.randint(key, (self.config.batch,), 0, len(text) - length + 1)
+        return text[starts[:, None] + jnp.arange(length)]
+
+    def _train_step(self, params: Any, optimizer: Any, text: Array, step: Array) -> tuple[Any, Any, Array]:
+        loss, gradient = jax.value_and_grad(self._loss)(params, self.batch(text, step))
+        updates, optimizer = self._optimizer.update(gradient, optimizer, params)
+        return optax.apply_updates(params, updates), optimizer, loss
+
+    def step(self, state: State, step: int) -> float:
+        """Advances the state by one step in place; returns the loss of its batch."""
+        state.params, state.optimizer, loss = self._step(state.params, state.optimizer, self._text, jnp.int32(step))
+        return float(loss)
+
+    def _validation_loss(self, params: Any, pieces: Array) -> Array:
+        batches = pieces.reshape(-1, math.gcd(len(pieces), self.config.batch), pieces.shape[1])
+        return jax.lax.map(partial(self._loss, params), batches).mean()
+
+    def evaluate(self, state: State) -> float:
+        return float(self._evaluate(state.params, self._validation))
+
+
+def train(config: Config, text: Text, checkpoints: Checkpoints, checkpoint_every: int) -> State:
+    """Trains from the latest checkpoint, or from the start, to the last step.
+
+    Raises:
+        RunError: The checkpoint is of other flags or cannot be read, or the loss is not finite.
+        Stopped: A signal came; the state after the step it came in is saved.
+    """
+    done = checkpoints.latest or 0
+    if done:
+        checkpoints.check_config(done, dataclasses.asdict(config))
+    trainer = Trainer(config, text)
+    state = checkpoints.restore(done, trainer.abstract()) if done else trainer.init()
+    history = state.history
+    if done:
+        print(f"{TITLES[config.attention]}: going on after step {done} of {config.steps}")
+
+    with (
+        StopRequest() as stop,
+        tqdm(total=config.steps, initial=done, desc=TITLES[config.attention], unit="step") as bar,
+    ):
+        for step in range(done, config.steps):
+            begin = time.perf_counter()
+            history["loss"][step] = loss = trainer.step(state, step)
+            seconds = time.perf_counter() - begin
+            if not math.isfinite(loss):
+                raise RunError(f"the loss is {loss} at step {step}; lower --learning-rate")
+            if step > done:  # the first step of a process compiles
+                history["seconds"][step] = seconds
+            last = step + 1 == config.steps
+            if last or (step + 1) % config.eval_every == 0:
+                history["validation"][step] = trainer.evaluate(state)
+                bar.write(f"step {step + 1}: loss {loss:.4f}, validation loss {history['validation'][step]:.4f}")
+            bar.set_postfix_str(f"loss {loss:.3f}, {config.batch * config.context / seconds:,.0f} tokens/s", False)
+            bar.update()
+            if last or stop.signal or (step + 1) % checkpoint_every == 0:
+                checkpoints.save(step + 1, state, dataclasses.asdict(config))
+            if stop.signal and not last:
+                raise Stopped(
+                    stop.signal,
+                    f"stopped after step {step + 1} of {config.steps}, saved in {checkpoints.directory}; "
+                    "the same command goes on from there",
+                )
+    return state
+
+
+# ---- what comes out
+
+
+@dataclass(frozen=True)
+class Result:
+    config: Config
+    parameters: int
+    history: dict[str, np.ndarray]
+
+    @property
+    def step_seconds(self) -> float:
+        """The median, without the steps that compiled."""
+        seconds = self.history["seconds"]
+        return float(np.nanmedian(seconds)) if np.isfinite(seconds).any() else math.nan
+
+    @property
+    def validation(self) -> list[tuple[int, float]]:
+        """Steps taken and the loss after them."""
+        values = self.history["validation"]
+        return [(int(i) + 1, float(values[i])) for i in np.flatnonzero(np.isfinite(values))]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "config": dataclasses.asdict(self.config),
+            "parameters": self.parameters,
+            "median_step_seconds": self.step_seconds,
+            "validation_loss": self.validation[-1][1],
+            "validation": self.validation,
+            "loss": [float(x) for x in self.history["loss"]],
+        }
+
+
+def table(results: Sequence[Result], bigram: float) -> str:
+    lines = [f"{'':18} parameters   median step       tokens/s   validation loss (nats/byte)"]
+    for r in results:
+        seconds = r.step_seconds
+        rate = r.config.batch * r.config.context / seconds
+        row = f"{TITLES[r.config.attention]:18} {r.parameters:10,} {1e3 * seconds:10.1f} ms {rate:14,.0f}"
+        lines.append(f"{row}   {r.validation[-1][1]:.4f}")
+    lines.append(f"{'bigram model':18} {VOCABULARY**2:10,} {'':13} {'':14}   {bigram:.4f}")
+    return "\n".join(lines)
+
+
+def plot(results: Sequence[Result], bigram: float) -> Figure:
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    ax = figure.subplots()
+    for r in results:
+        color, title = COLORS[r.config.attention], TITLES[r.config.attention]
+        ax.plot(np.arange(r.config.steps) + 1, r.history["loss"], color=color, alpha=0.3, linewidth=0.8)
+        ax.plot(*zip(*r.validation, strict=True), "o-", color=color, markersize=3, label=f"{title}, validation")
+    ax.axhline(bigram, color="#777777", linestyle="--", linewidth=1, label="bigram model, validation")
+    ax.set_xlabel("step")
+    ax.set_ylabel("loss, nats per byte (thin: training batches)")
+    ax.set_ylim(top=min(ax.get_ylim()[1], math.log(VOCABULARY)))
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+# ---- sampling
+
+
+def generate(config: Config, params: Any, prompt: str, length: int, temperature: float, seed: int) -> bytes:
+    """Samples ``length`` bytes after the prompt through the decode cache, the prompt in one call; 0 is greedy.
+
+    Beyond the length that the model was trained with, quality falls.
+    """
+    tokens = np.frombuffer(bytes([END]) + prompt.encode(), np.uint8).astype(np.int32)[None]
+    model = nnx.eval_shape(lambda: CharLM(config, rngs=nnx.Rngs(0)))
+    model.transformer.init_cache(1, tokens.shape[1] + length)
+    graph, _, cache = nnx.split(model, nnx.Param, nnx.Cache)
+
+    @jax.jit
+    def feed(params: Any, cache: Any, tokens: Array, key: Array) -> tuple[Array, Any]:
+        model = nnx.merge(graph, params, cache)
+        logits = model(tokens, decode=True)[:, -1]
+        token = jax.random.categorical(key, logits / temperature) if temperature else logits.argmax(-1)
+        return token[:, None], nnx.state(model, nnx.Cache)
+
+    key, sampled, token = jax.random.key(seed), [], jnp.asarray(tokens)
+    for i in tqdm(range(length), desc="sampling", unit="byte", leave=False):
+        token, cache = feed(params, cache, token, jax.random.fold_in(key, i))
+        sampled.append(int(token[0, 0]))
+    return bytes(sampled)
+
+
+# ---- the command
+
+
+def _parser() -> argparse.ArgumentParser:
+    summary, _, details = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    positive, rate = number(int, 1), number(float, 0, above=True)
+    parser.add_argument("--attention", choices=(LLA, SOFTMAX, "both"), default=LLA, help="default: %(default)s")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu", help="the size; default: %(default)s")
+    parser.add_argument(
+        "--implementation", choices=IMPLEMENTATIONS, help="of LLAttention; default: the best that runs here"
+    )
+    parser.add_argument("--output-dir", type=Path, help="default: outputs/train_char_lm/<preset>")
+    parser.add_argument(
+        "--fresh", action="store_true", help="delete the checkpoints of this output folder and start over"
+    )
+    parser.add_argument("--checkpoint-every", type=positive, help="steps; default: a quarter of them")
+    parser.add_argument(
+        "--seed", type=number(int, 0), default=0, help="of training or of sampling; default: %(default)s"
+    )
+    size = parser.add_argument_group("size", "defaults: the preset's")
+    for name in ("features", "layers", "heads", "context", "batch", "steps", "eval-every", "eval-windows"):
+        size.add_argument(f"--{name}", type=positive)
+    size.add_argument("--warmup", type=number(int, 0), help="steps in which the learning rate rises")
+    size.add_argument("--learning-rate", type=rate)
+    size.add_argument("--weight-decay", type=number(float, 0))
+    size.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--generate", metavar="PROMPT", help="sample from the checkpoint instead of training")
+    sampling.add_argument("--length", type=positive, default=400, help="bytes to sample; default: %(default)s")
+    sampling.add_argument(
+        "--temperature", type=number(float, 0), default=0.7, help="0 takes the likeliest byte; default: %(default)s"
+    )
+    return parser
+
+
+def _sample(args: argparse.Namespace, directory: Path) -> None:
+    if not directory.is_dir():
+        raise RunError(f"there is no checkpoint in {directory}; train first, or give another --output-dir")
+    with Checkpoints(directory) as checkpoints:
+        _sample_from(args, checkpoints)
+
+
+def _sample_from(args: argparse.Namespace, checkpoints: Checkpoints) -> None:
+    directory, latest = checkpoints.directory, checkpoints.latest
+    if latest is None:
+        raise RunError(f"there is no checkpoint in {directory}; train first, or give another --output-dir")
+    try:
+        config = Config(**checkpoints.config(latest))
+    except TypeError as error:
+        raise RunError(f"the checkpoint in {directory} is of another version of this example; train again") from error
+    for name in PRESETS[args.preset]:
+        given = getattr(args, name)
+        if given is not None and given != getattr(config, name):
+            flag = name.replace("_", "-")
+            raise RunError(f"argument --{flag}: {given}, but the checkpoint has {getattr(config, name)}; leave it out")
+    params = checkpoints.params(latest, abstract_model(config)[1])
+    sampled = generate(config, params, args.generate, args.length, args.temperature, args.seed)
+    print(f"---- {TITLES[config.attention]} after {latest} steps")
+    print(args.generate + sampled.replace(bytes([END]), b"\n[end of file]\n").decode(errors="replace"))
+
+
+def _sizes(args: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(args, name) for name in PRESETS[args.preset]}
+    return PRESETS[args.preset] | {name: value for name, value in given.items() if value is not None}
+
+
+def _train_all(args: argparse.Namespace, attentions: Sequence[str], output: Path) -> None:
+    sizes = _sizes(args)
+    text = load_text()
+    results = []
+    for attention in attentions:
+        config = Config(attention, args.implementation, seed=args.seed, text=text.sha256, **sizes)
+        directory = output / attention
+        if args.fresh:
+            shutil.rmtree(directory, ignore_errors=True)
+        with Checkpoints(directory) as checkpoints:
+            state = train(config, text, checkpoints, args.checkpoint_every or math.ceil(config.steps / 4))
+        results.append(Result(config, count_parameters(state.params), state.history))
+
+    pieces = windows(text.validation, sizes["eval_windows"], sizes["context"] + 1)
+    bigram = bigram_loss(text.train, pieces)
+    device = jax.devices()[0]
+    print(
+        f"{device.device_kind}, jax {jax.__version__}, {sizes['steps']} steps of "
+        f"{sizes['batch']} x {sizes['context']} bytes"
+    )
+    print(table(results, bigram))
+    about = {"device": device.device_kind, "jax": jax.__version__, "bigram_validation_loss": bigram}
+    report = json.dumps(about | {"results": [r.as_json() for r in results]}, indent=1)
+    write(output / "results.json", lambda path: path.write_text(report + "\n"))
+    write(output / "loss.png", lambda path: plot(results, bigram).savefig(path, dpi=110, format="png"))
+    print(f"results: {output / 'results.json'}, {output / 'loss.png'}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    sizes = _sizes(args)
+    if sizes["features"] % (2 * sizes["heads"]):
+        parser.error(f"argument --features: {sizes['features']} must be an even multiple of --heads, {sizes['heads']}")
+    if sizes["warmup"] >= sizes["steps"]:
+        parser.error(f"argument --warmup: {sizes['warmup']} must be less than --steps, {sizes['steps']}")
+    attentions = (LLA, SOFTMAX) if args.attention == "both" else (args.attention,)
+    output = args.output_dir or Path("outputs") / "train_char_lm" / args.preset
+    try:
+        if args.generate is None:
+            _train_all(args, attentions, output)
+        else:
+            for attention in attentions:
+                _sample(args, output / attention)
+    except (RunError, NotImplementedError) as error:  # the latter: an implementation that cannot run here
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except Stopped as stopped:
+        parser.exit(stopped.code, f"{parser.prog}: {stopped}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted; the same command goes on from the latest checkpoint\n")
+
+
+if __name__ == "__main__":
+    main()

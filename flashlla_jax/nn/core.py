@@ -1,0 +1,347 @@
+"""What the NNX and the Linen module share: everything between the projections."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.nnx.nn.dtypes import promote_dtype
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from flashlla_jax.attention import Implementation, lla_attention
+from flashlla_jax.interface import accumulation_dtype
+from flashlla_jax.nn.decode import decode_step
+from flashlla_jax.nn.rope import rotate
+
+# A call with a cache and at most this many tokens takes the exact decode step, whose state is a D x D matrix per query
+# and head; more tokens take the operator, in linear memory.
+_FEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The static side of a module's attention; the arguments of ``lla_attention`` have its names and meaning.
+
+    Attributes:
+        dtype: What query, key and value are promoted to; None to infer it from them.
+        rope: Base of the rotary position embedding, or None for none.
+    """
+
+    dtype: Any
+    rope: float | None
+    qk_scale: float | None
+    cg_atol: float | None
+    cg_rtol: float | None
+    cg_max_iters: int | None
+    cg_use_preconditioner: bool
+    precision: Any
+    implementation: Implementation | None
+
+    def check(self, head_dim: int) -> None:
+        """Refuse, when a module is built, what would only fail in its first call."""
+        if isinstance(self.rope, bool) or (self.rope is not None and not self.rope > 0):
+            raise ValueError(f"rope must be None or the base of the rotary embedding, > 0, got {self.rope!r}")
+        if self.rope is not None and head_dim % 2:
+            raise ValueError(f"rope turns pairs of features: it needs an even head dimension, got {head_dim}")
+
+
+class Cache(NamedTuple):
+    """Keys (rotated, where ``rope`` is on) and values of the first ``filled`` positions, in Flax's layout."""
+
+    key: Float[Array, "*batch S K D"]
+    value: Float[Array, "*batch S K D"]
+    filled: Int[Array, ""]
+
+
+def check_dropout(dropout_rate: float) -> None:
+    if dropout_rate:
+        raise NotImplementedError(
+            f"dropout_rate must be 0, got {dropout_rate!r}: the weights of Local Linear Attention come out of a solve "
+            "and cannot be dropped one by one. Apply Dropout to the module's output instead"
+        )
+
+
+def check_attention_fn(attention_fn: Any) -> None:
+    if attention_fn is not None:
+        raise NotImplementedError(
+            "attention_fn must be None: LLAttention is Local Linear Attention; Flax's own module takes another function"
+        )
+
+
+def check_einsums(*einsums: Any) -> None:
+    if any(einsum is not None for einsum in einsums):
+        raise NotImplementedError(
+            "qk_attn_weights_einsum and attn_weights_value_einsum must be None: "
+            "Local Linear Attention has other products than softmax attention"
+        )
+
+
+def check_sow_weights(sow_weights: bool) -> None:
+    if sow_weights:
+        raise NotImplementedError(
+            "sow_weights must be False: the attention weights are never formed. "
+            "lla_attention(..., return_residuals=True) tells what is known of each query's solve"
+        )
+
+
+def check_ridge(ridge_lambda: Any, ridge_floor: float | None) -> None:
+    """A module's ridge is a number, > 0; a learned one starts above its floor, > 0."""
+    if isinstance(ridge_lambda, bool) or not isinstance(ridge_lambda, int | float):
+        raise TypeError(
+            f"ridge_lambda must be a Python number, got {type(ridge_lambda).__name__}; "
+            "learn_ridge=True learns one per head"
+        )
+    if ridge_floor is not None and not 0 < ridge_floor < math.inf:
+        raise ValueError(f"ridge_floor must be finite and > 0, got {ridge_floor!r}")
+    if not ridge_lambda > (ridge_floor or 0):
+        raise ValueError(f"ridge_lambda must be > {ridge_floor or 0:g}, got {ridge_lambda!r}")
+    if ridge_floor is not None and ridge_lambda == math.inf:
+        raise ValueError("ridge_lambda must be finite where it is learned, got inf")
+
+
+def check_heads(num_heads: int, num_kv_heads: int | None) -> int:
+    """The number of key/value heads."""
+    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if num_heads % kv_heads:
+        raise ValueError(f"num_kv_heads must divide num_heads, got {kv_heads} for {num_heads}")
+    return kv_heads
+
+
+def keys_and_values(inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None) -> tuple[Array, Array]:
+    """What keys and values are made of, by Flax's defaults."""
+    if inputs_k is None and inputs_v is not None:
+        raise ValueError("inputs_v needs inputs_k; keys and values from one array are inputs_k alone")
+    inputs_k = inputs_q if inputs_k is None else inputs_k
+    return inputs_k, inputs_k if inputs_v is None else inputs_v
+
+
+def raw_ridge(ridge_lambda: float, ridge_floor: float) -> float:
+    """The parameter that ``learned_ridge`` turns into ``ridge_lambda``."""
+    excess = ridge_lambda - ridge_floor
+    return excess + math.log(-math.expm1(-excess))
+
+
+def learned_ridge(raw: Float[Array, " N"], ridge_floor: float) -> Float[Array, " N"]:
+    """``ridge_floor + softplus(raw)``, in float32 at least: above the floor whatever an optimiser makes of ``raw``."""
+    raw = raw.astype(jnp.promote_types(raw.dtype, jnp.float32))
+    return ridge_floor + jax.nn.softplus(raw)
+
+
+def attend(
+    query: Float[Array, "*batch T N D"],
+    key: Float[Array, "*batch S K D"],
+    value: Float[Array, "*batch S K Dv"],
+    *,
+    mask: Any = None,
+    **options: Any,
+) -> Float[Array, "*batch T N Dv"]:
+    """``lla_attention`` in Flax's layout: any number of batch axes, and masks as Flax makes them.
+
+    Args:
+        query: Any number of batch axes, none included.
+        key: The same batch axes as the query.
+        value: The same batch axes as the query.
+        mask: Broadcastable to ``[*batch, N, T, S]``; nonzero is visible.
+        options: The other arguments of ``lla_attention``.
+    """
+    batch = query.shape[:-3]
+    if not batch == key.shape[:-3] == value.shape[:-3]:
+        raise ValueError(
+            "query, key and value must have the same batch axes, got shapes "
+            f"{query.shape}, {key.shape} and {value.shape}"
+        )
+    if mask is not None:
+        options["mask"] = _fold_mask(mask, (*batch, query.shape[-2], query.shape[-3], key.shape[-3]))
+    o = lla_attention(_fold(query), _fold(key), _fold(value), **options)
+    return o.reshape(*batch, *o.shape[1:])
+
+
+def forward(
+    settings: Settings,
+    query: Float[Array, "*batch T N D"],
+    key: Float[Array, "*batch S K D"],
+    value: Float[Array, "*batch S K D"],
+    *,
+    ridge_lambda: Any,
+    is_causal: bool,
+    mask: Any,
+    positions: Array | None,
+) -> Float[Array, "*batch T N D"]:
+    """Attention without a cache.
+
+    Positions for ``rope`` count from 0; with ``is_causal`` and more keys than queries the queries are the last ones, as
+    they are in ``lla_attention``.
+    """
+    query, key, value = promote_dtype((query, key, value), dtype=settings.dtype)
+    length, key_length = query.shape[-3], key.shape[-3]
+    if settings.rope is None:
+        _refuse_positions(positions)
+    elif positions is not None:
+        query, key = (_rotate(settings, x, positions) for x in (query, key))
+    else:
+        first = key_length - length if is_causal else 0
+        query = _rotate(settings, query, first + jnp.arange(length, dtype=jnp.int32))
+        key = _rotate(settings, key, jnp.arange(key_length, dtype=jnp.int32))
+    options = _operator_options(settings, ridge_lambda, is_causal=is_causal, implementation=settings.implementation)
+    return attend(query, key, value, mask=mask, **options)
+
+
+def decode(
+    settings: Settings,
+    query: Float[Array, "*batch T N D"],
+    key: Float[Array, "*batch T K D"],
+    value: Float[Array, "*batch T K D"],
+    cache: Cache,
+    *,
+    ridge_lambda: Any,
+    is_causal: bool,
+    mask: Any,
+    positions: Array | None,
+) -> tuple[Float[Array, "*batch T N D"], Cache]:
+    """Append T tokens to the cache and attend from them: what a causal forward pass gives at their positions.
+
+    Few tokens take the exact step of ``decode.py``, to which ``cg_*`` and ``implementation`` do not apply; more take
+    the operator, on its XLA path unless the cache is empty.
+
+    Returns:
+        The output and the cache with the tokens in it. Where the tokens overrun the cache and ``cache.filled`` is
+        traced, so that no error can be raised, the whole output is NaN.
+
+    Raises:
+        ValueError: The tokens overrun the cache, or do not fit it in shape; or the module is not causal.
+    """
+    if not is_causal:
+        raise ValueError("decode=True needs is_causal=True: a token cannot see what is not in the cache yet")
+    query, key, value = promote_dtype((query, key, value), dtype=settings.dtype)
+    *batch, capacity, kv_heads, dim = cache.key.shape
+    length = query.shape[-3]
+    expected = (*batch, length, kv_heads, dim)
+    if key.shape != expected or value.shape != expected or query.shape[:-3] != tuple(batch):
+        raise ValueError(
+            f"with a cache of shape {cache.key.shape}, {length} new tokens must have keys and values of shape "
+            f"{expected}, got query {query.shape}, key {key.shape} and value {value.shape}"
+        )
+    used = None if isinstance(cache.filled, Tracer) else int(cache.filled)
+    if (used or 0) + length > capacity:
+        raise ValueError(
+            f"the cache has room for {capacity} positions; {used or 0} are used and {length} more were given: "
+            "make a longer one (init_cache)"
+        )
+
+    if settings.rope is None:
+        _refuse_positions(positions)
+    else:
+        if positions is None:
+            positions = cache.filled + jnp.arange(length, dtype=jnp.int32)
+        query, key = (_rotate(settings, x, positions) for x in (query, key))
+
+    zero = jnp.zeros((), cache.filled.dtype)
+    start = (*(zero for _ in batch), cache.filled, zero, zero)
+    cache = Cache(
+        lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), start),
+        lax.dynamic_update_slice(cache.value, value.astype(cache.value.dtype), start),
+        cache.filled + length,
+    )
+    if length <= _FEW_TOKENS:
+        o = _few_tokens(settings, query, cache, ridge_lambda, mask)
+    else:
+
+        def into_empty() -> Array:
+            options = _operator_options(settings, ridge_lambda, is_causal=True, implementation=settings.implementation)
+            return attend(query, key, value, **options)
+
+        def after_others() -> Array:
+            return _many_tokens(settings, query, cache, ridge_lambda, mask)
+
+        if mask is not None or (used or 0) > 0:
+            o = after_others()
+        else:
+            o = into_empty() if used == 0 else lax.cond(cache.filled == length, into_empty, after_others)
+    return jnp.where(cache.filled > capacity, jnp.nan, o), cache
+
+
+def _few_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: Any, mask: Any) -> Array:
+    """The last tokens of the cache by the exact step; its state is a D x D matrix per token and head."""
+    *batch, length, heads, dim = query.shape
+    ridge = jnp.asarray(ridge_lambda, accumulation_dtype(query.dtype))
+    o = decode_step(
+        _fold(query),
+        _fold(cache.key),
+        _fold(cache.value),
+        jnp.broadcast_to(ridge, (heads,)),
+        cache.filled - length,
+        qk_scale=dim**-0.5 if settings.qk_scale is None else settings.qk_scale,
+        mask=None if mask is None else _fold_mask(mask, (*batch, heads, length, cache.key.shape[-3])),
+    )
+    return o.reshape(query.shape).astype(query.dtype)
+
+
+def _many_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: Any, mask: Any) -> Array:
+    """The last tokens of the cache by the operator's XLA path, in linear memory but for a mask of a byte per pair."""
+    length, capacity = query.shape[-3], cache.key.shape[-3]
+    last = cache.filled - length + jnp.arange(length, dtype=jnp.int32)
+    seen = jnp.arange(capacity, dtype=jnp.int32)[None, :] <= last[:, None]
+    seen = seen[None, None]
+    if mask is not None:
+        seen = seen & _fold_mask(mask, (*query.shape[:-3], query.shape[-2], length, capacity))
+    key, value = (_fold(x.astype(query.dtype)) for x in (cache.key, cache.value))
+    options = _operator_options(settings, ridge_lambda, is_causal=False, implementation="xla")
+    return lla_attention(_fold(query), key, value, mask=seen, **options).reshape(query.shape)
+
+
+def _operator_options(settings: Settings, ridge_lambda: Any, **options: Any) -> dict[str, Any]:
+    names = ("qk_scale", "cg_atol", "cg_rtol", "cg_max_iters", "cg_use_preconditioner", "precision")
+    return {name: getattr(settings, name) for name in names} | {"ridge_lambda": ridge_lambda} | options
+
+
+def _refuse_positions(positions: Array | None) -> None:
+    if positions is not None:
+        raise ValueError("input_positions are for the rotary embedding, and rope is None")
+
+
+def _rotate(settings: Settings, x: Array, positions: Array) -> Array:
+    assert settings.rope is not None
+    expected = x.shape[:-2]
+    try:
+        fits = np.broadcast_shapes(positions.shape, expected) == expected
+    except ValueError:
+        fits = False
+    if not fits or positions.shape[-1] != x.shape[-3]:
+        raise ValueError(f"input_positions must broadcast to [batch..., length] = {expected}, got {positions.shape}")
+    return rotate(x, positions, settings.rope)
+
+
+def _fold(x: Array) -> Array:
+    """[*batch, L, H, D] -> (B, L, H, D)."""
+    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+
+
+def _visible(mask: Any) -> Array:
+    """A boolean mask from one of Flax's, whose makers give float32 zeros and ones."""
+    if not hasattr(mask, "shape") or not hasattr(mask, "dtype"):
+        raise TypeError(f"mask must be an array, got {type(mask).__name__}")
+    mask = jnp.asarray(mask)
+    if not any(jnp.issubdtype(mask.dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)):
+        raise TypeError(f"mask must be boolean, or numbers of which nonzero means visible, got dtype {mask.dtype}")
+    return mask.astype(bool)
+
+
+def _fold_mask(mask: Any, shape: tuple[int, ...]) -> Array:
+    """A mask broadcastable to ``shape`` = [*batch, N, T, S] -> (B | 1, N | 1, T | 1, S | 1)."""
+    mask = _visible(mask)
+    try:
+        fits = np.broadcast_shapes(mask.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"mask must broadcast to [batch..., heads, queries, keys] = {shape}, got shape {mask.shape}")
+    mask = mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
+    if math.prod(mask.shape[:-3]) > 1:
+        mask = jnp.broadcast_to(mask, (*shape[:-3], *mask.shape[-3:]))
+    return mask.reshape(-1, *mask.shape[-3:])

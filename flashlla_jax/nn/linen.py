@@ -1,0 +1,182 @@
+"""``LLAttention`` for Flax Linen, the twin of :class:`flashlla_jax.LLAttention`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from flashlla_jax.attention import Implementation
+from flashlla_jax.nn import core
+
+
+class LLAttention(nn.MultiHeadDotProductAttention):
+    """Local Linear Attention with the parameters, the arguments and the cache of ``nn.MultiHeadDotProductAttention``.
+
+    The attributes are those of ``nn.MultiHeadDotProductAttention``, in its order, then the following, which are those
+    of :class:`flashlla_jax.LLAttention`; the parameters of either module fit the other. Attention is causal unless
+    ``is_causal=False``. ``dropout_rate``, ``attention_fn`` and the two einsum classes cannot be served and must be left
+    as they are; the softmax weights of 16-bit inputs are float32 whatever ``force_fp32_for_softmax`` says.
+
+    With ``decode=True`` the ``cache`` collection is made by ``init`` from inputs as long as the cache is to be, as in
+    Flax. A call with ``mutable=["cache"]`` then takes any number of tokens; overrunning the cache is a ValueError, or
+    NaN where the cache is traced.
+
+    Attributes:
+        num_kv_heads: Key/value heads, dividing ``num_heads``; None for ``num_heads``.
+        is_causal: Whether a query sees only the keys up to its own position, aligned at the end.
+        ridge_lambda: The ridge, a number > 0; the initial value where it is learned.
+        learn_ridge: Whether every head learns its ridge, ``ridge_floor + softplus(raw_ridge)``; the parameter
+            ``raw_ridge``, ``(num_heads,)``, should be left out of weight decay.
+        ridge_floor: What a learned ridge stays above, > 0 and < ``ridge_lambda``.
+        rope: Base of a rotary position embedding of queries and keys, applied after ``normalize_qk``; None for none.
+        qk_scale: As in :func:`flashlla_jax.lla_attention`, and so are the following.
+        cg_atol: See :func:`flashlla_jax.lla_attention`.
+        cg_rtol: See :func:`flashlla_jax.lla_attention`.
+        cg_max_iters: See :func:`flashlla_jax.lla_attention`.
+        cg_use_preconditioner: See :func:`flashlla_jax.lla_attention`.
+        implementation: See :func:`flashlla_jax.lla_attention`. Calls with a cache are plain XLA but
+            for a prompt into an empty one.
+    """
+
+    attention_fn: Any = None
+    num_kv_heads: int | None = None
+    is_causal: bool = True
+    ridge_lambda: float = 10.0
+    learn_ridge: bool = False
+    ridge_floor: float = 0.01
+    rope: float | None = None
+    qk_scale: float | None = None
+    cg_atol: float | None = None
+    cg_rtol: float | None = None
+    cg_max_iters: int | None = None
+    cg_use_preconditioner: bool = False
+    implementation: Implementation | None = None
+
+    @nn.compact
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        inputs_q: Float[Array, "*batch T features"],
+        inputs_k: Float[Array, "*batch S kv_features"] | None = None,
+        inputs_v: Float[Array, "*batch S kv_features"] | None = None,
+        *,
+        inputs_kv: Float[Array, "*batch S kv_features"] | None = None,
+        mask: Array | None = None,
+        deterministic: bool | None = None,
+        dropout_rng: Array | None = None,
+        sow_weights: bool = False,
+        input_positions: Int[Array, "*#batch T"] | None = None,
+    ) -> Float[Array, "*batch T out_features"]:
+        """Attention of ``inputs_q`` to ``inputs_k``, with the call signature of ``nn.MultiHeadDotProductAttention``.
+
+        Args:
+            inputs_q: Any number of batch axes, none included.
+            inputs_k: What the keys are made of; None for ``inputs_q``.
+            inputs_v: What the values are made of; None for ``inputs_k``.
+            inputs_kv: Flax's old name for ``inputs_k`` without ``inputs_v``.
+            mask: As in :class:`flashlla_jax.LLAttention`.
+            deterministic: Without effect, as in Flax without dropout.
+            dropout_rng: Without effect, as in Flax without dropout.
+            sow_weights: Must be False.
+            input_positions: As in :class:`flashlla_jax.LLAttention`.
+
+        Returns:
+            The output.
+
+        Raises:
+            ValueError: A shape does not fit, a number is out of range, or the cache is overrun.
+            TypeError: The mask is not one, or the ridge is not a number.
+            NotImplementedError: What cannot be served is asked for.
+        """
+        core.check_dropout(self.dropout_rate)
+        core.check_attention_fn(self.attention_fn)
+        core.check_ridge(self.ridge_lambda, self.ridge_floor if self.learn_ridge else None)
+        core.check_sow_weights(sow_weights)
+        core.check_einsums(self.qk_attn_weights_einsum_cls, self.attn_weights_value_einsum_cls)
+        if inputs_kv is not None:
+            if inputs_k is not None or inputs_v is not None:
+                raise ValueError("inputs_kv is inputs_k under its old name: give one of them, and no inputs_v with it")
+            inputs_k = inputs_kv
+        inputs_k, inputs_v = core.keys_and_values(inputs_q, inputs_k, inputs_v)
+
+        kv_heads = core.check_heads(self.num_heads, self.num_kv_heads)
+        features = self.qkv_features or inputs_q.shape[-1]
+        if features % self.num_heads:
+            raise ValueError(f"num_heads must divide qkv_features, got {self.num_heads} for {features}")
+        settings = core.Settings(
+            dtype=self.dtype,
+            rope=self.rope,
+            qk_scale=self.qk_scale,
+            cg_atol=self.cg_atol,
+            cg_rtol=self.cg_rtol,
+            cg_max_iters=self.cg_max_iters,
+            cg_use_preconditioner=self.cg_use_preconditioner,
+            precision=self.precision,
+            implementation=self.implementation,
+        )
+        settings.check(features // self.num_heads)
+
+        project = partial(
+            nn.DenseGeneral,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            use_bias=self.use_bias,
+            precision=self.precision,
+        )
+        heads = partial(
+            project,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            dot_general=self.qkv_dot_general,
+            dot_general_cls=self.qkv_dot_general_cls,
+        )
+        head_dim = features // self.num_heads
+        query = heads((self.num_heads, head_dim), name="query")(inputs_q)
+        key = heads((kv_heads, head_dim), name="key")(inputs_k)
+        value = heads((kv_heads, head_dim), name="value")(inputs_v)
+        if self.normalize_qk:
+            norm = partial(nn.LayerNorm, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
+            query, key = norm(name="query_ln")(query), norm(name="key_ln")(key)
+
+        arguments = {
+            "ridge_lambda": self._ridge(),
+            "is_causal": self.is_causal,
+            "mask": mask,
+            "positions": input_positions,
+        }
+        # init makes the cache, as long as its inputs, and attends without it
+        has_cache = self.has_variable("cache", "cached_key")
+        variables = self._cache(key, value) if self.decode else ()
+        if self.decode and has_cache:
+            cache = core.Cache(*(variable.value for variable in variables))
+            o, cache = core.decode(settings, query, key, value, cache, **arguments)
+            for variable, x in zip(variables, cache, strict=True):
+                variable.value = x
+        else:
+            o = core.forward(settings, query, key, value, **arguments)
+        return project(
+            self.out_features or inputs_q.shape[-1],
+            axis=(-2, -1),
+            kernel_init=self.out_kernel_init or self.kernel_init,
+            bias_init=self.out_bias_init or self.bias_init,
+            dot_general=self.out_dot_general,
+            dot_general_cls=self.out_dot_general_cls,
+            name="out",
+        )(o)
+
+    def _cache(self, key: Array, value: Array) -> tuple[nn.Variable, ...]:
+        return (
+            self.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype),
+            self.variable("cache", "cached_value", jnp.zeros, value.shape, value.dtype),
+            self.variable("cache", "cache_index", jnp.zeros, (), jnp.int32),
+        )
+
+    def _ridge(self) -> float | Float[Array, " N"]:
+        if not self.learn_ridge:
+            return self.ridge_lambda
+        initial = core.raw_ridge(self.ridge_lambda, self.ridge_floor)
+        raw = self.param("raw_ridge", nn.initializers.constant(initial), (self.num_heads,), self.param_dtype)
+        return core.learned_ridge(raw, self.ridge_floor)

@@ -1,0 +1,306 @@
+"""``LLAttention`` for Flax NNX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.module import first_from
+from flax.nnx.nn.dtypes import promote_dtype
+from flax.nnx.nn.linear import default_kernel_init
+from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
+from jaxtyping import Array, Float, Int
+
+from flashlla_jax.attention import Implementation, lla_attention
+from flashlla_jax.nn import core
+
+
+class LLAttention(nnx.MultiHeadAttention):
+    """Local Linear Attention with the parameters, the arguments and the cache of ``flax.nnx.MultiHeadAttention``.
+
+    ``nnx.MultiHeadAttention(num_heads=..., in_features=..., rngs=...)`` can be replaced by ``LLAttention`` with the
+    same arguments, and its checkpoints load. New are the arguments from ``is_causal`` on. Attention is causal unless
+    ``is_causal=False``, and dropout on the weights, ``sow_weights`` and another ``attention_fn`` are refused: Local
+    Linear Attention has no weights to drop or to show.
+
+    Example::
+
+        layer = LLAttention(num_heads=8, in_features=512, decode=False, rngs=nnx.Rngs(0))
+        out = layer(x)  # x: [batch..., length, 512]
+
+        layer.init_cache((batch, capacity, 512))
+        out = layer(prompt, decode=True)  # any number of tokens, then
+        out = layer(token, decode=True)  # one at a time
+
+    Attributes:
+        query: Projection of ``inputs_q``, kernel ``(in_features, num_heads, head_dim)``.
+        key: Projection of ``inputs_k``, kernel ``(in_kv_features, num_kv_heads, head_dim)``.
+        value: Projection of ``inputs_v``, shaped as ``key``.
+        out: Projection of the heads, kernel ``(num_heads, head_dim, out_features)``.
+        query_ln: LayerNorm of the queries with ``normalize_qk``, else None.
+        key_ln: LayerNorm of the keys with ``normalize_qk``, else None.
+        raw_ridge: With ``learn_ridge`` the parameter ``(num_heads,)`` of which the ridge is
+            ``ridge_floor + softplus(raw_ridge)``, else None. Leave it out of weight decay.
+        cached_key: ``nnx.Cache``, ``[batch..., capacity, num_kv_heads, head_dim]``, or None before ``init_cache``.
+        cached_value: ``nnx.Cache``, shaped as ``cached_key``.
+        cache_index: ``nnx.Cache``, int32: positions filled so far.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        num_kv_heads: int | None = None,
+        in_kv_features: int | None = None,
+        *,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        broadcast_dropout: bool = True,
+        dropout_rate: float = 0.0,
+        deterministic: bool | None = None,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        out_kernel_init: Initializer | None = None,
+        bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008 (Flax's own default, a pure function)
+        out_bias_init: Initializer | None = None,
+        use_bias: bool = True,
+        attention_fn: None = None,
+        decode: bool | None = None,
+        normalize_qk: bool = False,
+        qkv_promote_dtype: PromoteDtypeFn = promote_dtype,
+        out_promote_dtype: PromoteDtypeFn = promote_dtype,
+        ln_promote_dtype: PromoteDtypeFn = promote_dtype,
+        qkv_dot_general: Any = None,
+        out_dot_general: Any = None,
+        qkv_dot_general_cls: Any = None,
+        out_dot_general_cls: Any = None,
+        rngs: nnx.Rngs,
+        keep_rngs: bool = True,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        out_kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        out_bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        query_ln_scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        key_ln_scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        is_causal: bool = True,
+        ridge_lambda: float = 10.0,
+        learn_ridge: bool = False,
+        ridge_floor: float = 0.01,
+        rope: float | None = None,
+        qk_scale: float | None = None,
+        cg_atol: float | None = None,
+        cg_rtol: float | None = None,
+        cg_max_iters: int | None = None,
+        cg_use_preconditioner: bool = False,
+        implementation: Implementation | None = None,
+    ):
+        """The arguments of ``flax.nnx.MultiHeadAttention``, in its order, then those of Local Linear Attention.
+
+        Args:
+            num_heads: Query heads; divides ``qkv_features``.
+            in_features: Features of ``inputs_q``.
+            qkv_features: Features of queries over all heads; None for ``in_features``.
+            out_features: Features of the output; None for ``in_features``.
+            num_kv_heads: Key/value heads, dividing ``num_heads``; None for ``num_heads``.
+            in_kv_features: Features of ``inputs_k`` and ``inputs_v``; None for ``in_features``.
+            dtype: Dtype of the computation; None to infer it from inputs and parameters.
+            param_dtype: Dtype of the parameters.
+            broadcast_dropout: Without effect, as in Flax without dropout.
+            dropout_rate: Must be 0.
+            deterministic: Without effect, as in Flax without dropout.
+            precision: Of the projections and of ``lla_attention``.
+            kernel_init: Initialiser of the kernels.
+            out_kernel_init: Initialiser of the output kernel; None for ``kernel_init``.
+            bias_init: Initialiser of the biases.
+            out_bias_init: Initialiser of the output bias; None for ``bias_init``.
+            use_bias: Whether the projections have biases.
+            attention_fn: Must be None: the module is its attention function.
+            decode: Whether calls use the cache; None leaves it to the call.
+            normalize_qk: Whether queries and keys go through a LayerNorm (arXiv 2302.05442).
+            qkv_promote_dtype: Dtype promotion of the query, key and value projections.
+            out_promote_dtype: Dtype promotion of the output projection.
+            ln_promote_dtype: Dtype promotion of the LayerNorms.
+            qkv_dot_general: Passed to the projections; deprecated by Flax, as are the next three.
+            out_dot_general: See ``qkv_dot_general``.
+            qkv_dot_general_cls: See ``qkv_dot_general``.
+            out_dot_general_cls: See ``qkv_dot_general``.
+            rngs: Keys for the initialisers.
+            keep_rngs: Without effect, as in Flax without dropout.
+            kernel_metadata: Metadata (sharding, for one) of the kernels.
+            out_kernel_metadata: Metadata of the output kernel; empty for ``kernel_metadata``.
+            bias_metadata: Metadata of the biases.
+            out_bias_metadata: Metadata of the output bias; empty for ``bias_metadata``.
+            query_ln_scale_metadata: Metadata of the scale of ``query_ln``.
+            key_ln_scale_metadata: Metadata of the scale of ``key_ln``.
+            is_causal: Whether a query sees only the keys up to its own position. With more keys than queries the two
+                are aligned at the end; more queries than keys need False.
+            ridge_lambda: The ridge, a number > 0, in units of the squared key; the initial value where it is learned.
+            learn_ridge: Whether every head learns its ridge, ``ridge_floor + softplus(raw_ridge)``.
+            ridge_floor: What a learned ridge stays above, > 0 and < ``ridge_lambda``. 0.01 is the smallest ridge for
+                which the solves were measured.
+            rope: Base of a rotary position embedding (10000.0, usually) of queries and keys, applied after
+                ``normalize_qk``; None for none.
+            qk_scale: As in :func:`flashlla_jax.lla_attention`, and so are the following.
+            cg_atol: See :func:`flashlla_jax.lla_attention`.
+            cg_rtol: See :func:`flashlla_jax.lla_attention`.
+            cg_max_iters: See :func:`flashlla_jax.lla_attention`.
+            cg_use_preconditioner: See :func:`flashlla_jax.lla_attention`.
+            implementation: See :func:`flashlla_jax.lla_attention`. Calls with a cache are plain
+                XLA but for a prompt into an empty one.
+
+        Raises:
+            TypeError: ``ridge_lambda`` is not a number.
+            ValueError: A number is out of range, or the heads do not divide the features.
+            NotImplementedError: ``dropout_rate`` or ``attention_fn`` is given.
+        """
+        core.check_dropout(dropout_rate)
+        core.check_attention_fn(attention_fn)
+        core.check_ridge(ridge_lambda, ridge_floor if learn_ridge else None)
+        super().__init__(
+            num_heads,
+            in_features,
+            qkv_features,
+            out_features,
+            num_kv_heads,
+            in_kv_features,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            broadcast_dropout=broadcast_dropout,
+            dropout_rate=dropout_rate,
+            deterministic=deterministic,
+            precision=precision,
+            kernel_init=kernel_init,
+            out_kernel_init=out_kernel_init,
+            bias_init=bias_init,
+            out_bias_init=out_bias_init,
+            use_bias=use_bias,
+            attention_fn=lla_attention,
+            decode=decode,
+            normalize_qk=normalize_qk,
+            qkv_promote_dtype=qkv_promote_dtype,
+            out_promote_dtype=out_promote_dtype,
+            ln_promote_dtype=ln_promote_dtype,
+            qkv_dot_general=qkv_dot_general,
+            out_dot_general=out_dot_general,
+            qkv_dot_general_cls=qkv_dot_general_cls,
+            out_dot_general_cls=out_dot_general_cls,
+            rngs=rngs,
+            keep_rngs=keep_rngs,
+            kernel_metadata=kernel_metadata,
+            out_kernel_metadata=out_kernel_metadata,
+            bias_metadata=bias_metadata,
+            out_bias_metadata=out_bias_metadata,
+            query_ln_scale_metadata=query_ln_scale_metadata,
+            key_ln_scale_metadata=key_ln_scale_metadata,
+        )
+        self.is_causal = is_causal
+        self.ridge_lambda = ridge_lambda
+        self.ridge_floor = ridge_floor
+        self.raw_ridge: nnx.Param[Array] | None = nnx.data(None)
+        if learn_ridge:
+            initial = core.raw_ridge(ridge_lambda, ridge_floor)
+            self.raw_ridge = nnx.Param(jnp.full((num_heads,), initial, param_dtype))
+        self.settings = core.Settings(
+            dtype=dtype,
+            rope=rope,
+            qk_scale=qk_scale,
+            cg_atol=cg_atol,
+            cg_rtol=cg_rtol,
+            cg_max_iters=cg_max_iters,
+            cg_use_preconditioner=cg_use_preconditioner,
+            precision=precision,
+            implementation=implementation,
+        )
+        self.settings.check(self.head_dim)
+
+    @property
+    def ridge(self) -> float | Float[Array, " N"]:
+        """The ridge in use: the fixed number, or the learned one of every head."""
+        if self.raw_ridge is None:
+            return self.ridge_lambda
+        return core.learned_ridge(self.raw_ridge[...], self.ridge_floor)
+
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch T features"],
+        inputs_k: Float[Array, "*batch S kv_features"] | None = None,
+        inputs_v: Float[Array, "*batch S kv_features"] | None = None,
+        *,
+        mask: Array | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        sow_weights: bool = False,
+        decode: bool | None = None,
+        is_causal: bool | None = None,
+        out_sharding: Any = None,
+        qkv_sharding: Any = None,
+        input_positions: Int[Array, "*#batch T"] | None = None,
+    ) -> Float[Array, "*batch T out_features"]:
+        """Attention of ``inputs_q`` to ``inputs_k``, with the call signature of ``flax.nnx.MultiHeadAttention``.
+
+        Args:
+            inputs_q: Any number of batch axes, none included.
+            inputs_k: What the keys are made of; None for ``inputs_q``.
+            inputs_v: What the values are made of; None for ``inputs_k``.
+            mask: Which keys a query may see, on top of ``is_causal``: broadcastable to ``[batch..., num_heads, T, S]``,
+                boolean or, as Flax's mask makers return it, numbers of which nonzero means visible. With a cache S is
+                its capacity. A query that sees no key gets attention output zero. Needs the XLA path or the reference.
+            deterministic: Without effect, as in Flax without dropout.
+            rngs: Without effect, as in Flax without dropout.
+            sow_weights: Must be False.
+            decode: Whether to append to the cache and attend to it; None for the constructor's, and one of the two must
+                be given, as in Flax. Any number of tokens, at the next positions; what a causal call over the whole
+                sequence gives there.
+            is_causal: None for the constructor's.
+            out_sharding: Sharding of the output, passed to ``out``.
+            qkv_sharding: Sharding of queries, keys and values, passed to their projections.
+            input_positions: Positions of queries and keys for ``rope``, broadcastable to ``[batch..., T]``; None to
+                count from 0, or from ``cache_index``.
+
+        Returns:
+            The output. NaN where tokens overrun the cache under ``jit``, which cannot raise.
+
+        Raises:
+            ValueError: A shape does not fit; ``decode`` is given nowhere, its cache is missing or overrun, or it meets
+                ``is_causal=False``.
+            TypeError: The mask is not one.
+            NotImplementedError: ``sow_weights``, or the named implementation cannot serve this call.
+        """
+        core.check_sow_weights(sow_weights)
+        inputs_k, inputs_v = core.keys_and_values(inputs_q, inputs_k, inputs_v)
+        inputs = {"inputs_q": inputs_q, "inputs_k": inputs_k, "inputs_v": inputs_v}
+        for (name, x), features in zip(
+            inputs.items(), (self.in_features, self.in_kv_features, self.in_kv_features), strict=True
+        ):
+            if x.shape[-1] != features:
+                raise ValueError(f"{name} must have {features} features, got shape {x.shape}")
+        decode = first_from(
+            decode, self.decode, error_msg="decode must be given, True or False, to LLAttention or to its call"
+        )
+
+        query = self.query(inputs_q, out_sharding=qkv_sharding)
+        key = self.key(inputs_k, out_sharding=qkv_sharding)
+        value = self.value(inputs_v, out_sharding=qkv_sharding)
+        if self.query_ln is not None and self.key_ln is not None:
+            query, key = self.query_ln(query), self.key_ln(key)
+
+        arguments = {
+            "ridge_lambda": self.ridge,
+            "is_causal": self.is_causal if is_causal is None else is_causal,
+            "mask": mask,
+            "positions": input_positions,
+        }
+        if not decode:
+            o = core.forward(self.settings, query, key, value, **arguments)
+        else:
+            if self.cached_key is None or self.cached_value is None or self.cache_index is None:
+                raise ValueError("decode=True needs a cache: call init_cache first")
+            cache = core.Cache(self.cached_key[...], self.cached_value[...], self.cache_index[...])
+            o, cache = core.decode(self.settings, query, key, value, cache, **arguments)
+            self.cached_key[...], self.cached_value[...], self.cache_index[...] = cache
+        return self.out(o, out_sharding=out_sharding)

@@ -1,0 +1,153 @@
+"""``attention_fn``: Local Linear Attention inside both of Flax's own attention modules."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from flashlla_jax.nn import attention_fn
+from tests.cases import relative_error
+from tests.test_nn_modules import FEATURES, SAME, call, inputs, linen_parameters, module
+
+RIDGE = 0.5
+
+
+@pytest.fixture(autouse=True)
+def flax_promotes() -> Iterator[None]:
+    """Flax's decode step compares indices of two dtypes, which conftest.py forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def stock(api: str, **kwargs: Any) -> Any:
+    """``x, ... -> output`` of Flax's own module with the adaptor in it, and the parameters of ``module()``."""
+    ours = module()
+    function = attention_fn(ridge_lambda=RIDGE, **kwargs)
+    if api == "nnx":
+        layer = nnx.MultiHeadAttention(4, FEATURES, attention_fn=function, decode=False, rngs=nnx.Rngs(0))
+        nnx.update(layer, nnx.state(ours))
+        return layer
+    twin = nn.MultiHeadDotProductAttention(4, attention_fn=function)
+    return lambda *args, **options: twin.apply({"params": linen_parameters(ours)}, *args, **options)
+
+
+@pytest.mark.parametrize("api", ["nnx", "linen"])
+class TestInside:
+    def test_is_llattention(self, api: str) -> None:
+        x = inputs()
+        expected = call(module(ridge_lambda=RIDGE), x)
+        assert relative_error(jax.jit(stock(api, is_causal=True))(x), expected) <= SAME
+
+    def test_a_causal_mask_is_causal(self, api: str) -> None:
+        """As Flax makes it, in float32."""
+        x = inputs()
+        mask = nn.make_causal_mask(jnp.ones((2, 9)))
+        expected = call(module(ridge_lambda=RIDGE), x)
+        assert relative_error(jax.jit(stock(api))(x, mask=mask), expected) <= SAME
+        assert relative_error(jax.jit(stock(api))(x), expected) > 0.01
+
+    def test_batch_axes_and_gradients(self, api: str) -> None:
+        x = inputs(2, 3, 5, FEATURES)
+        apply = stock(api, is_causal=True)
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(apply(x)))))(x)
+        ours = module(ridge_lambda=RIDGE)
+        expected = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(ours(x)))))(x)
+        assert relative_error(gradient, expected) <= SAME
+
+    def test_sowing_weights_is_refused(self, api: str) -> None:
+        with pytest.raises(NotImplementedError, match="sow_weights must be False"):
+            stock(api)(inputs(), sow_weights=True)
+
+    def test_dropout_is_refused_unless_deterministic(self, api: str) -> None:
+        function, x = attention_fn(), inputs(2, 3, FEATURES)
+        if api == "nnx":
+            layer: Any = nnx.MultiHeadAttention(
+                4, FEATURES, dropout_rate=0.5, attention_fn=function, decode=False, rngs=nnx.Rngs(0)
+            )
+        else:
+            twin = nn.MultiHeadDotProductAttention(4, dropout_rate=0.5, attention_fn=function)
+            parameters = jax.eval_shape(lambda: twin.init(jax.random.key(0), x, deterministic=True))
+            parameters = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), parameters)
+            layer = lambda x, **kwargs: twin.apply(parameters, x, rngs={"dropout": jax.random.key(0)}, **kwargs)  # noqa: E731
+        assert jax.eval_shape(lambda x: layer(x, deterministic=True), x).shape == x.shape
+        with pytest.raises(NotImplementedError, match=r"dropout_rate must be 0, got 0.5"):
+            layer(x, deterministic=False)
+
+
+def test_is_causal_of_the_nnx_call() -> None:
+    x = inputs()
+    layer = stock("nnx")
+    got = nnx.jit(lambda layer, x: layer(x, is_causal=True))(layer, x)
+    assert relative_error(got, call(module(ridge_lambda=RIDGE), x)) <= SAME
+
+
+@pytest.mark.parametrize("kwargs", [{"num_kv_heads": 2}, {"dtype": jnp.bfloat16}], ids=str)
+def test_grouped_heads_and_dtypes(kwargs: dict[str, Any]) -> None:
+    x = inputs()
+    function = attention_fn(ridge_lambda=RIDGE, is_causal=True)
+    layer = nnx.MultiHeadAttention(4, FEATURES, attention_fn=function, decode=False, rngs=nnx.Rngs(0), **kwargs)
+    got, expected = call(layer, x), call(module(ridge_lambda=RIDGE, **kwargs), x)
+    assert got.dtype == expected.dtype
+    assert relative_error(got, expected) <= SAME
+
+
+def test_nnx_decodes() -> None:
+    """Flax's own decode step, a token at a time, with its mask over the cache."""
+    layer, x = stock("nnx"), inputs(2, 5, FEATURES)
+    layer.init_cache((2, 7, FEATURES))
+    step = nnx.jit(lambda layer, x: layer(x, decode=True))
+    got = jnp.concatenate([step(layer, x[:, i : i + 1]) for i in range(5)], axis=1)
+    assert relative_error(got, call(module(ridge_lambda=RIDGE), x)) <= SAME
+
+
+def test_linen_decodes() -> None:
+    x = inputs(2, 5, FEATURES)
+    twin = nn.MultiHeadDotProductAttention(4, decode=True, attention_fn=attention_fn(ridge_lambda=RIDGE))
+    cache = {name: jnp.zeros((2, 7, 4, FEATURES // 4), jnp.float32) for name in ("cached_key", "cached_value")}
+    state: Any = {"params": linen_parameters(module()), "cache": cache | {"cache_index": jnp.int32(0)}}
+    apply = jax.jit(lambda state, x: twin.apply(state, x, mutable=["cache"]))
+    outputs = []
+    for i in range(5):
+        o, new = apply(state, x[:, i : i + 1])
+        state = state | new
+        outputs.append(o)
+    assert relative_error(jnp.concatenate(outputs, axis=1), call(module(ridge_lambda=RIDGE), x)) <= SAME
+
+
+def test_refusals() -> None:
+    q = jnp.ones((2, 5, 4, 8), jnp.float32)
+    function = attention_fn()
+    with pytest.raises(NotImplementedError, match="takes no bias"):
+        function(q, q, q, bias=jnp.zeros((1, 1, 5, 5)))
+    for name in ("qk_attn_weights_einsum", "attn_weights_value_einsum"):
+        with pytest.raises(NotImplementedError, match=name):
+            function(q, q, q, **{name: jnp.einsum})
+    with pytest.raises(ValueError, match="ridge_lambda must be > 0"):
+        attention_fn(ridge_lambda=-1.0)(q, q, q)
+    with pytest.raises(ValueError, match="the same batch axes"):
+        function(q, q[:1], q[:1])
+
+
+def test_the_signature_names_all_that_flax_passes() -> None:
+    """Linen drops what a signature does not name; nothing may be dropped unseen."""
+    ours = set(inspect.signature(attention_fn()).parameters)
+    source = inspect.getsource(nn.MultiHeadDotProductAttention.__call__)
+    passed = {name for name in inspect.signature(nn.dot_product_attention).parameters if f"{name}=" in source}
+    assert {"mask", "dropout_rate", "dtype", "qk_attn_weights_einsum"} <= passed <= ours
+    assert set(inspect.signature(nnx.dot_product_attention).parameters) <= ours
+
+
+def test_masks_of_any_number_type() -> None:
+    q = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 2, 4)))
+    mask = np.tril(np.ones((4, 4)))
+    got = [jax.jit(attention_fn())(q, q, q, mask=mask.astype(t)) for t in ("bool", "int32", "float32")]
+    for o in got[1:]:
+        np.testing.assert_array_equal(o, got[0])

@@ -1,0 +1,296 @@
+"""``examples/train_char_lm.py``: a run that is killed or stopped loses nothing, sampling is right, errors are clear."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+for requirement in ("matplotlib", "optax", "orbax.checkpoint", "tqdm"):
+    pytest.importorskip(requirement)
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+STEPS = 120
+SMALL = (
+    f"--features 16 --layers 2 --heads 2 --context 24 --batch 4 --steps {STEPS} --warmup 5 --learning-rate 0.01 "
+    "--eval-every 40 --eval-windows 8 --checkpoint-every 7"
+).split()
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    sys.path.insert(0, str(EXAMPLES))
+    return importlib.import_module("train_char_lm")
+
+
+@pytest.fixture(autouse=True)
+def _as_a_script():
+    """The suite's float64 and strict promotion are not what a user's script runs with."""
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def start(output: Path, *flags: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "train_char_lm.py"), "--output-dir", str(output), *SMALL, *flags],
+        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The output folder and the standard output of a run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("uninterrupted")
+    return output, finish(start(output))
+
+
+def losses(output: Path) -> tuple[list[float], list[list[float]]]:
+    result = json.loads((output / "results.json").read_text())["results"][0]
+    return result["loss"], result["validation"]
+
+
+def wait_for_step(checkpoints: Path, step: int) -> None:
+    """Returns when there is a checkpoint of the step, or of a later one."""
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        if any(path.name.isdigit() and int(path.name) >= step for path in checkpoints.glob("*")):
+            return
+        time.sleep(0.002)
+    pytest.fail(f"no checkpoint of step {step} in {checkpoints}")
+
+
+def test_killed_and_stopped_run_ends_as_an_uninterrupted_one(finished, tmp_path):
+    """SIGKILL at a random step, then Ctrl-C, then to the end: the same losses, bit for bit."""
+    process = start(tmp_path)
+    step = random.randrange(7, 60)
+    wait_for_step(tmp_path / "lla", step)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, f"ended before it was killed, at step {step}"
+    process.communicate()
+    kept = max(int(path.name) for path in (tmp_path / "lla").iterdir() if path.name.isdigit())
+
+    process = start(tmp_path)
+    wait_for_step(tmp_path / "lla", kept + 1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert f"going on after step {kept} of {STEPS}" in out
+    assert "Traceback" not in err
+    assert "the same command goes on from there" in err.splitlines()[-1]
+
+    out = finish(start(tmp_path))
+    assert "going on after step" in out
+    assert losses(tmp_path) == losses(finished[0])
+    assert finished[1].splitlines()[-2:-1] == out.splitlines()[-2:-1]  # the bigram's row
+
+
+def test_what_comes_out(finished):
+    output, out = finished
+    loss, validation = losses(output)
+    assert len(loss) == STEPS
+    assert np.isfinite(loss).all()
+    assert [step for step, _ in validation] == [40, 80, 120]
+    assert validation[-1][1] < validation[0][1] < np.log(256)
+    assert f"{validation[-1][1]:.4f}" in out
+    assert "bigram model" in out
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert not list(output.glob(".*"))  # temporary files
+
+
+def config(example: ModuleType, attention: str, **changes):
+    sizes = {
+        "features": 16,
+        "layers": 2,
+        "heads": 2,
+        "context": 24,
+        "batch": 2,
+        "steps": 9,
+        "warmup": 1,
+        "eval_windows": 4,
+    }
+    given = example.PRESETS["cpu"] | sizes | changes
+    return example.Config(attention, None, seed=0, text="", **given)
+
+
+@pytest.mark.parametrize("attention", ["lla", "softmax"])
+def test_greedy_sampling_is_the_full_forward_pass(example, attention):
+    """Through the cache, byte by byte, as if the whole text were read again for each."""
+    setting = config(example, attention)
+    model = nnx.jit(lambda: example.CharLM(setting, rngs=nnx.Rngs(3)))()
+    params = nnx.to_pure_dict(nnx.state(model))
+    sampled = example.generate(setting, params, "import ", 12, 0.0, 0)
+    text = b"\0import " + sampled
+    logits = nnx.jit(model)(jnp.asarray(np.frombuffer(text, np.uint8), jnp.int32)[None])[0]
+    assert bytes(np.asarray(logits.argmax(-1))[7:-1].astype(np.uint8)) == sampled
+
+
+def test_sampling_repeats_with_its_seed(example):
+    setting = config(example, "softmax")
+    params = nnx.to_pure_dict(nnx.state(nnx.jit(lambda: example.CharLM(setting, rngs=nnx.Rngs(3)))()))
+    warm = [example.generate(setting, params, "import ", 12, 1.0, seed) for seed in (0, 0, 1)]
+    assert warm[0] == warm[1] != warm[2]
+
+
+def test_sampling_from_a_checkpoint(example, finished, capsys):
+    flags = ["--output-dir", str(finished[0]), "--generate", "def ", "--length", "5", "--temperature", "0"]
+    printed = []
+    for _ in range(2):
+        example.main(flags)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert printed[0].startswith(f"---- LLA after {STEPS} steps\ndef ")
+
+
+def test_decay_leaves_out_ridge_norms_and_biases(example):
+    params = example.abstract_model(config(example, "lla"))[1]
+    marked = jax.tree_util.tree_flatten_with_path(example.decayed(params))[0]
+    kinds = {decays: {path[-1].key for path, value in marked if value == decays} for decays in (True, False)}
+    assert kinds == {True: {"kernel", "embedding"}, False: {"raw_ridge", "scale", "bias"}}
+
+
+def test_batches_are_a_function_of_seed_and_step(example):
+    text = example.Text(np.arange(256, dtype=np.uint8).repeat(9), np.arange(256, dtype=np.uint8), "")
+    trainer = example.Trainer(config(example, "softmax"), text)
+    again = example.Trainer(config(example, "softmax"), text)
+    batches = [
+        np.asarray(t.batch(jnp.asarray(text.train), jnp.int32(s))) for t, s in ((trainer, 5), (again, 5), (again, 6))
+    ]
+    assert batches[0].shape == (2, 25)
+    np.testing.assert_array_equal(batches[0], batches[1])
+    assert not np.array_equal(batches[1], batches[2])
+
+
+def test_bigram_loss(example):
+    train, pieces = np.frombuffer(b"abababac", np.uint8), np.frombuffer(b"abcz", np.uint8).reshape(2, 2)
+    # after a: b three times of four; after c: nothing, so uniform
+    expected = -(np.log(4 / 260) + np.log(1 / 256)) / 2
+    assert example.bigram_loss(train, pieces) == pytest.approx(expected)
+
+
+def test_text_is_the_library_alone(example, tmp_path, monkeypatch):
+    for i in range(200):
+        (tmp_path / f"module{i:03d}.py").write_text(f"x = {i}\n")
+    for name in ("package/inner.py", "site-packages/other.py", "dist-packages/other.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(f"name = '{name}'\n")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    text, again = example.load_text(), example.load_text()
+    assert text.sha256 == again.sha256
+    train, validation = (split.tobytes().split(b"\0")[:-1] for split in (text.train, text.validation))
+    assert len(train) + len(validation) == 201
+    assert len(validation) > 0
+    assert not set(train) & set(validation)
+    assert b"packages" not in text.train.tobytes() + text.validation.tobytes()
+    (tmp_path / "module007.py").write_text("x = -7\n")
+    assert example.load_text().sha256 != text.sha256
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--attention linear", "--attention"),
+        ("--preset tpu", "--preset"),
+        ("--steps 0", "--steps"),
+        ("--steps x", "--steps"),
+        ("--features 30 --heads 4", "--features"),
+        ("--warmup 50 --steps 50", "--warmup"),
+        ("--warmup 0 --learning-rate nan", "--learning-rate"),
+        ("--temperature -1", "--temperature"),
+        ("--seed -1", "--seed"),
+        ("--length 0 --generate x", "--length"),
+        ("--dtype float16", "--dtype"),
+    ],
+)
+def test_bad_flags_name_themselves(example, capsys, flags, named):
+    with pytest.raises(SystemExit) as stop:
+        example.main(flags.split())
+    assert stop.value.code == 2
+    assert f"error: argument {named}: " in capsys.readouterr().err
+
+
+def refusal(example: ModuleType, capsys, output: Path, *flags: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        example.main(["--output-dir", str(output), *flags])
+    assert stop.value.code == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.partition(": ")[2].startswith("error: ")
+    return line
+
+
+# orbax's event loop, when it gives up a damaged checkpoint
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_checkpoints_that_do_not_serve(example, finished, tmp_path, capsys):
+    assert "no checkpoint in" in refusal(example, capsys, tmp_path / "none", "--generate", "x")
+    assert "steps 120, not 121" in refusal(example, capsys, finished[0], *SMALL, "--steps", "121")
+    assert "--heads: 4" in refusal(example, capsys, finished[0], "--heads", "4", "--generate", "x")
+
+    shutil.copytree(finished[0], tmp_path / "other text")
+    about = next((tmp_path / "other text" / "lla" / str(STEPS) / "config").glob("metadata"))
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"text": "0"}))
+    assert "text 0, not " in refusal(example, capsys, tmp_path / "other text", *SMALL)
+
+    shutil.copytree(finished[0], tmp_path / "damaged")
+    for path in (tmp_path / "damaged" / "lla" / str(STEPS) / "params").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for flags in (SMALL, ["--generate", "x"]):
+        assert "cannot read the checkpoint" in refusal(example, capsys, tmp_path / "damaged", *flags)
+
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "lla").write_text("")
+    assert "is not a folder" in refusal(example, capsys, tmp_path / "file", *SMALL)
+
+
+def test_implementation_that_cannot_run_here(example, tmp_path, capsys):
+    if jax.default_backend() != "cpu":
+        pytest.skip("Triton may run here")
+    line = refusal(example, capsys, tmp_path, *SMALL, "--implementation", "triton")
+    assert 'implementation="triton" cannot serve this call' in line
+
+
+def test_fresh_starts_over(example, finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
+
+    def train(config, text, checkpoints, checkpoint_every):
+        raise example.RunError(f"the latest is {checkpoints.latest}")
+
+    monkeypatch.setattr(example, "train", train)
+    assert "the latest is 120" in refusal(example, capsys, tmp_path / "run", *SMALL)
+    assert "the latest is None" in refusal(example, capsys, tmp_path / "run", *SMALL, "--fresh")
+
+
+@pytest.mark.parametrize("attention", ["lla", "softmax", "linear"])
+def test_transformer_is_causal(example, attention):
+    transformer = importlib.import_module("transformer")
+    model = nnx.jit(lambda: transformer.Transformer(attention, 16, 2, 2, rngs=nnx.Rngs(0)))()
+    x = np.random.default_rng(0).standard_normal((2, 20, 16)).astype(np.float32)
+    changed = x.copy()
+    changed[:, 13] += 1.0
+    forward = nnx.jit(type(model).__call__)
+    before, after = np.asarray(forward(model, x)), np.asarray(forward(model, changed))
+    np.testing.assert_allclose(before[:, :13], after[:, :13], rtol=0, atol=1e-6)
+    assert np.abs(before[:, 13:] - after[:, 13:]).min(axis=(0, 2)).all()
