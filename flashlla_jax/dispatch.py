@@ -81,10 +81,10 @@ def backward(
     inputs = (query, key, value, ridge_lambda)
 
     @_on_cuda
-    def on_cuda(inputs: tuple[Array, ...], saved: Any, g: Array) -> tuple[Array, ...]:
+    def on_cuda(inputs: tuple[Array, Array, Array, Array], saved: Any, g: Array) -> tuple[Array, ...]:
         return triton.backward(*inputs, saved, g, options)
 
-    def elsewhere(inputs: tuple[Array, ...], _: Any, g: Array) -> tuple[Array, ...]:
+    def elsewhere(inputs: tuple[Array, Array, Array, Array], _: Any, g: Array) -> tuple[Array, ...]:
         _, saved = blockwise.forward(*inputs, options=options)
         return blockwise.backward(*inputs, saved, g, options)
 
