@@ -78,17 +78,17 @@ ENTRIES = [
 # beyond the registers in float32, and in bfloat16 before Hopper: right, but slow.
 SPILLS = {
     (90, "bfloat16"): {
-        64: {"forward": 1424, "query": 2184, "key": 0},
+        64: {"forward": 1424, "query": 2184, "key": 172},
         128: {"forward": 2768, "query": 5080, "key": 544},
         256: {"forward": 9116, "query": 15456, "key": 8448},
     },
     (80, "bfloat16"): {
         64: {"forward": 1220, "query": 1732, "key": 40},
-        128: {"forward": 2244, "query": 4568, "key": 304},
+        128: {"forward": 2244, "query": 4568, "key": 436},
         256: {"forward": 42984, "query": 67968, "key": 868},
     },
     (80, "float32"): {
-        64: {"forward": 580, "query": 1168, "key": 152},
+        64: {"forward": 580, "query": 1168, "key": 348},
         128: {"forward": 2092, "query": 5040, "key": 764},
         256: {"forward": 50128, "query": 98152, "key": 3176},
     },
@@ -167,7 +167,8 @@ def compile_entry(entry: Entry) -> Report:
 def report(request: pytest.FixtureRequest) -> Iterator[Callable[[Entry], Report]]:
     """Compiles the entries of the selected tests, two at a time, each once."""
     items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
-    entries = dict.fromkeys(item.callspec.params["entry"] for item in items if hasattr(item, "callspec"))
+    params = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    entries = dict.fromkeys(p["entry"] for p in params if "entry" in p)
     # processes that are started anew: a fork of one with JAX's threads may hang
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), prepare) as pool:
         futures = {entry: pool.submit(compile_entry, entry) for entry in entries}
@@ -201,6 +202,6 @@ def test_the_kernels_tiles_fit_each_other(capability: int, operand_bytes: int, d
     assert operand_bytes == 2 or max(query, key, forward) <= 32
 
 
-@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.capability == 90 and e.dtype == "bfloat16"], ids=str)
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.capability == 90 and e.dim <= 128], ids=str)
 def test_tensor_cores_are_not_serialised(entry: Entry, report: Callable[[Entry], Report]) -> None:
     assert not report(entry).serialised, report(entry).log
