@@ -242,7 +242,7 @@ class Transformer(nnx.Module):
         for block in self.blocks:
             layer, normed = block.attention, block.attention_norm(x)
             q, k, v = layer.query(normed), layer.key(normed), layer.value(normed)
-            if layer.query_ln is not None:
+            if layer.query_ln is not None and layer.key_ln is not None:
                 q, k = layer.query_ln(q), layer.key_ln(k)
             if layer.settings.rope is not None:
                 positions = jnp.arange(x.shape[1])
