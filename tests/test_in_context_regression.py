@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -45,9 +47,11 @@ def example() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def _as_a_script():
-    """The suite's float64 and strict promotion are not what a user's script runs with."""
+    """The suite's float64 and strict promotion are not what a user's script runs with; compilation is kept quick."""
+    jax.config.update("jax_disable_most_optimizations", True)
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def draw(example: ModuleType, seed: int, *sizes: int) -> list[np.ndarray]:
@@ -100,22 +104,34 @@ def test_error_within_a_segment_leaves_out_the_first(example):
     np.testing.assert_allclose(example.within_segment(result, 3), [2.0, 3.0, 4.0])
 
 
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / "in_context_regression.py"), *SMALL, *flags],
+        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 def test_sweep(example, tmp_path, monkeypatch, capsys):
-    """It learns, and what is finished is not trained again. test_mqar.py does this to all methods."""
-    monkeypatch.setattr(example, "ATTENTIONS", ("lla",))
-    example.main([*SMALL, "--output-dir", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert "a small version of the task" in printed
+    """From the command: every method learns, and what is finished is not trained again."""
+    done = run("--output-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "a small version of the task" in done.stdout
     assert (tmp_path / "in_context_regression.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     finished = json.loads((tmp_path / "results.json").read_text())["finished"]
-    assert list(finished) == ["lla segments of 8"]
-    result = finished["lla segments of 8"]
-    assert len(result["error_by_position"]) == 16
-    assert result["error"] == pytest.approx(np.mean(result["error_by_position"]), rel=1e-4)
-    assert np.mean(result["loss"][-5:]) < np.mean(result["loss"][:5])
-    assert f"{result['error']:.4f}" in printed
+    assert list(finished) == [f"{a} segments of 8" for a in ("lla", "softmax", "linear")]
+    for result in finished.values():
+        assert len(result["error_by_position"]) == 16
+        assert result["error"] == pytest.approx(np.mean(result["error_by_position"]), rel=1e-4)
+        assert np.mean(result["loss"][-5:]) < np.mean(result["loss"][:5])
+        assert f"{result['error']:.4f}" in done.stdout
 
-    monkeypatch.setattr(example, "ATTENTIONS", ("lla", "linear"))
+    results = json.loads((tmp_path / "results.json").read_text())
+    del results["finished"]["linear segments of 8"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
     started = []
     monkeypatch.setattr(example, "run_all", lambda jobs: started.extend(name for name, _ in jobs) or ())
     with pytest.raises(KeyError, match="linear"):  # the table misses what was not trained

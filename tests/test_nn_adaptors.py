@@ -15,7 +15,15 @@ from flax import nnx
 
 from flashlla_jax.nn import attention_fn
 from tests.cases import relative_error
-from tests.test_nn_modules import FEATURES, SAME, call, inputs, linen_parameters, module
+from tests.test_nn_modules import (
+    FEATURES,
+    SAME,
+    call,
+    inputs,
+    linen_parameters,
+    module,
+    quick_compilation,  # noqa: F401 (a fixture)
+)
 
 RIDGE = 0.5
 

@@ -18,7 +18,15 @@ from flashlla_jax.nn import decode as decode_module
 from flashlla_jax.nn.decode import decode_step
 from flashlla_jax.nn.linen import LLAttention as LinenLLAttention
 from tests.cases import KINDS, Shape, draw, relative_error
-from tests.test_nn_modules import FEATURES, VARIANTS, call, inputs, linen_parameters, module
+from tests.test_nn_modules import (
+    FEATURES,
+    VARIANTS,
+    call,
+    inputs,
+    linen_parameters,
+    module,
+    quick_compilation,  # noqa: F401 (a fixture)
+)
 
 LENGTH, CAPACITY = 24, 29
 # A prompt of more tokens than the exact step takes, as many more of them, then one at a time.

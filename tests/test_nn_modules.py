@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "qk_scale": 0.7,
     },
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """The shapes are tiny, so that nearly all time goes into compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def inputs(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
