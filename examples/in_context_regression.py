@@ -32,7 +32,7 @@ import numpy as np
 from flax import nnx
 from runs import RunError, number, write
 from sweep import Budget, Job, Results, run_all
-from transformer import ATTENTIONS, COLORS, IMPLEMENTATIONS, TITLES, Array, Transformer
+from transformer import ATTENTIONS, AUTO, COLORS, DTYPES, IMPLEMENTATIONS, TITLES, Array, Transformer, compute_dtype
 
 try:
     from matplotlib.figure import Figure
@@ -52,6 +52,7 @@ class Config:
     batch: int
     steps: int
     rates: tuple[float, ...]
+    dtype: str
     implementation: str | None
     seed: int
 
@@ -59,11 +60,11 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         "dim": 4, "width": 32, "heads": 1, "length": 96, "segments": (32,), "batch": 16, "steps": 600,
-        "rates": (1e-2, 2e-2),
+        "rates": (1e-2, 2e-2), "dtype": "float32",
     },
     "full": {
         "dim": 32, "width": 128, "heads": 1, "length": 512, "segments": (64, 128, 256), "batch": 64, "steps": 4000,
-        "rates": (1e-3, 3e-3, 1e-2),
+        "rates": (1e-3, 3e-3, 1e-2), "dtype": AUTO,
     },
 }  # fmt: skip
 EVALUATED = 512  # sequences of the validation and of the test data
@@ -98,9 +99,17 @@ class RegressionModel(nnx.Module):
     """Inputs and targets ``(B, T, dim)`` to predictions of the targets, each from its input and the pairs before it."""
 
     def __init__(self, attention: str, config: Config, *, rngs: nnx.Rngs):
+        # in float32 whatever the dtype: input, output and, with them, the residual stream
         self.embed = nnx.Linear(2 * config.dim, config.width, use_bias=False, rngs=rngs)
         self.transformer = Transformer(
-            attention, config.width, 2, config.heads, mlp=False, implementation=config.implementation, rngs=rngs
+            attention,
+            config.width,
+            2,
+            config.heads,
+            mlp=False,
+            dtype=compute_dtype(config.dtype, config.width // config.heads),
+            implementation=config.implementation,
+            rngs=rngs,
         )
         self.head = nnx.Linear(config.width, config.dim, use_bias=False, rngs=rngs)
 
@@ -222,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         size.add_argument(f"--{name}", type=number(int, 1))
     size.add_argument("--segments", type=number(int, 4), nargs="+", help="lengths of segments, one sweep each")
     size.add_argument("--rates", type=number(float, 0, above=True), nargs="+", help="learning rates to choose from")
+    size.add_argument("--dtype", choices=DTYPES, help="of the attention; auto: bfloat16 for heads of 128 features")
     return parser
 
 

@@ -30,7 +30,7 @@ import numpy as np
 from flax import nnx
 from runs import RunError, number, write
 from sweep import Budget, Job, Results, run_all
-from transformer import ATTENTIONS, COLORS, IMPLEMENTATIONS, TITLES, Array, Transformer
+from transformer import ATTENTIONS, AUTO, COLORS, DTYPES, IMPLEMENTATIONS, TITLES, Array, Transformer, compute_dtype
 
 try:
     import optax
@@ -64,7 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "full": {
         "vocabulary": 8192, "widths": (64, 128, 256), "lengths": (64, 128, 256), "pairs": (4, 8, 16), "batch": 128,
-        "steps": 3000, "rates": (1e-3, 3e-3, 1e-2), "dtype": "float32",
+        "steps": 3000, "rates": (1e-3, 3e-3, 1e-2), "dtype": AUTO,
     },
 }  # fmt: skip
 EVALUATED = 1024  # sequences of the validation and of the test data
@@ -104,7 +104,7 @@ class RecallModel(nnx.Module):
     """Tokens ``(B, T)`` and places ``(B, K)`` to the logits at those places, ``(B, K, vocabulary)``."""
 
     def __init__(self, attention: str, width: int, length: int, config: Config, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.dtype)
+        dtype = compute_dtype(config.dtype, width)
         # rows of norm 1: from the usual 0.02 softmax attention needs several times as many steps
         init = nnx.initializers.normal(width**-0.5)
         self.embed = nnx.Embed(config.vocabulary, width, embedding_init=init, dtype=dtype, rngs=rngs)
@@ -222,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--batch", type=number(int, 1))
     size.add_argument("--steps", type=number(int, 1))
     size.add_argument("--rates", type=number(float, 0, above=True), nargs="+", help="learning rates to choose from")
-    size.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation")
+    size.add_argument("--dtype", choices=DTYPES, help="of the computation; auto: bfloat16 from width 128 on")
     return parser
 
 

@@ -65,17 +65,25 @@ class Config:
     text: str  # its hash
 
 
-# 0.5 million parameters, which see 0.8 million bytes; 38 million parameters, which see 39 million bytes.
+# 0.5 million parameters, which see 0.8 million bytes; 19 million parameters, which see 20 million bytes.
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
         "features": 128, "layers": 2, "heads": 4, "context": 128, "batch": 16, "steps": 400, "warmup": 40,
         "learning_rate": 3e-3, "weight_decay": 0.1, "dtype": "float32", "eval_every": 100, "eval_windows": 128,
     },
     "h200": {
-        "features": 512, "layers": 12, "heads": 8, "context": 1024, "batch": 64, "steps": 600, "warmup": 60,
-        "learning_rate": 1e-3, "weight_decay": 0.1, "dtype": "bfloat16", "eval_every": 100, "eval_windows": 256,
+        "features": 512, "layers": 6, "heads": 8, "context": 1024, "batch": 64, "steps": 300, "warmup": 30,
+        "learning_rate": 1e-3, "weight_decay": 0.1, "dtype": "bfloat16", "eval_every": 75, "eval_windows": 256,
     },
 }  # fmt: skip
+
+# LLA solves with the keys' covariance plus the ridge, and every step of the solver costs about as much as softmax
+# attention's forward pass. Keys grow in training and the covariance's largest eigenvalue with their square; QK norm
+# keeps their length at sqrt(head dim), and softmax attention has it too. Default run on a CPU: the solver's steps
+# (bfloat16, the slowest query of 64) and the validation loss were 10 and 1.708 with ridge 1 and no QK norm, and are 4
+# and 1.706; softmax attention went from 1.743 to 1.727. With heads of 64 and 150 steps of training: ridge 1 without QK
+# norm 11 and 2.212, with it 10 and 2.210; ridge 10 without it 5 and 2.233, with it 4 and 2.213.
+RIDGE = 10.0
 
 
 class CharLM(nnx.Module):
@@ -89,6 +97,9 @@ class CharLM(nnx.Module):
             config.features,
             config.layers,
             config.heads,
+            normalize_qk=True,
+            ridge_lambda=RIDGE,
+            fused=True,
             dtype=dtype,
             implementation=config.implementation,
             rngs=rngs,
@@ -97,6 +108,9 @@ class CharLM(nnx.Module):
 
     def __call__(self, tokens: Array, decode: bool = False) -> Array:
         return self.head(self.transformer(self.embed(tokens), decode=decode))
+
+    def solver_steps(self, tokens: Array) -> Array:
+        return self.transformer.solver_steps(self.embed(tokens))
 
 
 def abstract_model(config: Config) -> tuple[Any, Any]:
@@ -226,11 +240,22 @@ def train(config: Config, text: Text, checkpoints: Checkpoints, checkpoint_every
 # ---- what comes out
 
 
+def solver_steps(config: Config, params: Any, text: Text) -> list[float] | None:
+    """By layer, the mean of the conjugate-gradient steps of LLA's solves on some of the validation text."""
+    if config.attention != LLA:
+        return None
+    graph, _ = abstract_model(config)
+    pieces = windows(text.validation, min(8, config.eval_windows), config.context).astype(np.int32)
+    steps = jax.jit(lambda params: nnx.merge(graph, params).solver_steps(pieces))(params)
+    return [round(float(x), 2) for x in steps]
+
+
 @dataclass(frozen=True)
 class Result:
     config: Config
     parameters: int
     history: dict[str, np.ndarray]
+    solver_steps: list[float] | None
 
     @property
     def step_seconds(self) -> float:
@@ -249,6 +274,7 @@ class Result:
             "config": dataclasses.asdict(self.config),
             "parameters": self.parameters,
             "median_step_seconds": self.step_seconds,
+            "solver_steps_by_layer": self.solver_steps,
             "validation_loss": self.validation[-1][1],
             "validation": self.validation,
             "loss": [float(x) for x in self.history["loss"]],
@@ -389,7 +415,8 @@ def _train_all(args: argparse.Namespace, attentions: Sequence[str], output: Path
             shutil.rmtree(directory, ignore_errors=True)
         with Checkpoints(directory) as checkpoints:
             state = train(config, text, checkpoints, args.checkpoint_every or math.ceil(config.steps / 4))
-        results.append(Result(config, count_parameters(state.params), state.history))
+        steps = solver_steps(config, state.params, text)
+        results.append(Result(config, count_parameters(state.params), state.history, steps))
 
     pieces = windows(text.validation, sizes["eval_windows"], sizes["context"] + 1)
     bigram = bigram_loss(text.train, pieces)
@@ -398,6 +425,9 @@ def _train_all(args: argparse.Namespace, attentions: Sequence[str], output: Path
         f"{device.device_kind}, jax {jax.__version__}, {sizes['steps']} steps of "
         f"{sizes['batch']} x {sizes['context']} bytes"
     )
+    for r in results:
+        if r.solver_steps:
+            print(f"mean steps of LLA's solves after training, layer by layer: {', '.join(map(str, r.solver_steps))}")
     print(table(results, bigram))
     about = {"device": device.device_kind, "jax": jax.__version__, "bigram_validation_loss": bigram}
     report = json.dumps(about | {"results": [r.as_json() for r in results]}, indent=1)

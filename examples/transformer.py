@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flashlla_jax import LLAttention
+from flashlla_jax import LLAttention, lla_attention
 from flashlla_jax.attention import Implementation
 from flashlla_jax.nn.rope import rotate
 
@@ -23,6 +23,8 @@ LLA, SOFTMAX, LINEAR = "lla", "softmax", "linear"
 ATTENTIONS = (LLA, SOFTMAX, LINEAR)
 TITLES = {LLA: "LLA", SOFTMAX: "softmax attention", LINEAR: "linear attention"}
 COLORS = {LLA: "#0072B2", SOFTMAX: "#D55E00", LINEAR: "#009E73"}  # told apart by colour-blind readers
+AUTO = "auto"
+DTYPES = ("float32", "bfloat16", AUTO)
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 ROPE_BASE = 10000.0  # Su et al., RoFormer (arXiv 2104.09864)
@@ -35,18 +37,38 @@ class SoftmaxAttention(nnx.Module):
         num_heads: divides ``features``.
         features: of the input and the output.
         rope: whether query and key carry rotary positions.
+        normalize_qk: whether query and key go through a LayerNorm before that, as in ``LLAttention``.
+        fused: whether cuDNN's kernel is used where it serves the call. Not under ``jax.vmap``: JAX's rule for it
+            refuses batch axes that are not in front.
         dtype: of the computation; parameters are float32.
         rngs: source of the initial parameters.
     """
 
-    def __init__(self, num_heads: int, features: int, *, rope: bool, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        num_heads: int,
+        features: int,
+        *,
+        rope: bool,
+        normalize_qk: bool = False,
+        fused: bool = False,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         self.heads = (num_heads, features // num_heads)
         self.rope = rope
+        self.fused = fused
 
         def into_heads() -> nnx.LinearGeneral:
             return nnx.LinearGeneral(features, self.heads, use_bias=False, dtype=dtype, rngs=rngs)
 
+        def norm() -> Any:
+            if not normalize_qk:
+                return nnx.data(None)
+            return nnx.LayerNorm(self.heads[1], use_bias=False, dtype=dtype, rngs=rngs)
+
         self.query, self.key, self.value = into_heads(), into_heads(), into_heads()
+        self.query_ln, self.key_ln = norm(), norm()
         self.out = nnx.LinearGeneral(self.heads, features, axis=(-2, -1), use_bias=False, dtype=dtype, rngs=rngs)
         self.cached_key: nnx.Cache | None = nnx.data(None)
         self.cached_value: nnx.Cache | None = nnx.data(None)
@@ -62,6 +84,8 @@ class SoftmaxAttention(nnx.Module):
     def __call__(self, x: Array, decode: bool = False) -> Array:
         """``(B, T, features)`` to the same; with ``decode`` the T tokens follow those in the cache."""
         q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.query_ln is not None and self.key_ln is not None:
+            q, k = self.query_ln(q), self.key_ln(k)
         if decode:
             return self.out(self._decode(q, k, v))
         if self.rope:
@@ -87,8 +111,9 @@ class SoftmaxAttention(nnx.Module):
     def attend(self, q: Array, k: Array, v: Array) -> Array:
         """``(B, T, N, H)``, each, to the same."""
         # cuDNN's fused kernel, the fastest there is, takes these; JAX does not choose it by itself
-        fused = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] in range(8, 129, 8)
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn" if fused else "xla")
+        served = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] in range(8, 129, 8)
+        implementation = "cudnn" if self.fused and served else "xla"
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
 
 class LinearAttention(SoftmaxAttention):
@@ -126,6 +151,9 @@ class Block(nnx.Module):
         *,
         mlp: bool,
         rope: bool,
+        normalize_qk: bool,
+        ridge_lambda: float,
+        fused: bool,
         dtype: Any,
         implementation: Any,
         rngs: nnx.Rngs,
@@ -137,7 +165,8 @@ class Block(nnx.Module):
                 features,
                 use_bias=False,
                 learn_ridge=True,
-                ridge_lambda=1.0,
+                ridge_lambda=ridge_lambda,
+                normalize_qk=normalize_qk,
                 rope=ROPE_BASE if rope else None,
                 dtype=dtype,
                 implementation=implementation,
@@ -145,7 +174,9 @@ class Block(nnx.Module):
             )
         else:
             kind = {SOFTMAX: SoftmaxAttention, LINEAR: LinearAttention}[attention]
-            self.attention = kind(num_heads, features, rope=rope, dtype=dtype, rngs=rngs)
+            self.attention = kind(
+                num_heads, features, rope=rope, normalize_qk=normalize_qk, fused=fused, dtype=dtype, rngs=rngs
+            )
         self.mlp_norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs) if mlp else nnx.data(None)
         self.mlp = MLP(features, dtype=dtype, rngs=rngs) if mlp else nnx.data(None)
 
@@ -166,6 +197,9 @@ class Transformer(nnx.Module):
         num_heads: divides ``features``.
         mlp: whether blocks have an MLP.
         rope: whether attention carries rotary positions.
+        normalize_qk: whether queries and keys go through a LayerNorm.
+        ridge_lambda: the initial ridge of ``LLAttention``.
+        fused: of :class:`SoftmaxAttention`.
         dtype: of the computation; parameters are float32.
         implementation: of ``LLAttention``.
         rngs: source of the initial parameters.
@@ -180,11 +214,15 @@ class Transformer(nnx.Module):
         *,
         mlp: bool = True,
         rope: bool = True,
+        normalize_qk: bool = False,
+        ridge_lambda: float = 1.0,
+        fused: bool = False,
         dtype: Any = jnp.float32,
         implementation: Any = None,
         rngs: nnx.Rngs,
     ):
-        shared = {"mlp": mlp, "rope": rope, "dtype": dtype, "implementation": implementation, "rngs": rngs}
+        shared = {"mlp": mlp, "rope": rope, "normalize_qk": normalize_qk, "ridge_lambda": ridge_lambda, "fused": fused}
+        shared |= {"dtype": dtype, "implementation": implementation, "rngs": rngs}
         self.features = features
         self.dtype = dtype
         self.blocks = nnx.List([Block(attention, features, num_heads, **shared) for _ in range(num_layers)])
@@ -195,10 +233,43 @@ class Transformer(nnx.Module):
             x = block(x, decode=decode)
         return self.norm(x)
 
+    def solver_steps(self, x: Array) -> Array:
+        """For LLA, layer by layer: the conjugate-gradient steps that a query's solve takes in the forward pass, mean.
+
+        ``LLAttention`` does not tell: what it gives its operator is made here once more.
+        """
+        steps = []
+        for block in self.blocks:
+            layer, normed = block.attention, block.attention_norm(x)
+            q, k, v = layer.query(normed), layer.key(normed), layer.value(normed)
+            if layer.query_ln is not None and layer.key_ln is not None:
+                q, k = layer.query_ln(q), layer.key_ln(k)
+            if layer.settings.rope is not None:
+                positions = jnp.arange(x.shape[1])
+                q, k = rotate(q, positions, layer.settings.rope), rotate(k, positions, layer.settings.rope)
+            _, residuals = lla_attention(
+                q,
+                k,
+                v,
+                ridge_lambda=layer.ridge,
+                implementation=layer.settings.implementation,
+                return_residuals=True,
+            )
+            steps.append(residuals.iterations.mean())
+            x = block(x)
+        return jnp.stack(steps)
+
     def init_cache(self, batch: int, length: int) -> None:
         """Sets up empty caches for ``batch`` sequences of up to ``length`` tokens, to be fed with ``decode=True``."""
         for block in self.blocks:
             block.attention.init_cache((batch, length, self.features), self.dtype)
+
+
+def compute_dtype(name: str, head_dim: int) -> Any:
+    """The dtype of a name in DTYPES. Triton's float32 kernels need a minute to compile for wide heads, and spill."""
+    if name == AUTO:
+        return jnp.dtype(jnp.bfloat16 if head_dim >= 128 else jnp.float32)
+    return jnp.dtype(name)
 
 
 def count_parameters(params: Any) -> int:

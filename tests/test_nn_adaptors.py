@@ -15,7 +15,15 @@ from flax import nnx
 
 from flashlla_jax.nn import attention_fn
 from tests.cases import relative_error
-from tests.test_nn_modules import FEATURES, SAME, call, inputs, linen_parameters, module
+from tests.test_nn_modules import (
+    FEATURES,
+    SAME,
+    call,
+    inputs,
+    linen_parameters,
+    module,
+    quick_compilation,  # noqa: F401 (a fixture)
+)
 
 RIDGE = 0.5
 
@@ -39,6 +47,11 @@ def stock(api: str, **kwargs: Any) -> Any:
     return lambda *args, **options: twin.apply({"params": linen_parameters(ours)}, *args, **options)
 
 
+@jax.jit
+def our_gradient(x: jax.Array) -> jax.Array:
+    return jax.grad(lambda x: jnp.sum(jnp.square(module(ridge_lambda=RIDGE)(x))))(x)
+
+
 @pytest.mark.parametrize("api", ["nnx", "linen"])
 class TestInside:
     def test_is_llattention(self, api: str) -> None:
@@ -52,15 +65,14 @@ class TestInside:
         mask = nn.make_causal_mask(jnp.ones((2, 9)))
         expected = call(module(ridge_lambda=RIDGE), x)
         assert relative_error(jax.jit(stock(api))(x, mask=mask), expected) <= SAME
-        assert relative_error(jax.jit(stock(api))(x), expected) > 0.01
+        if api == "nnx":
+            assert relative_error(jax.jit(stock(api))(x), expected) > 0.01
 
     def test_batch_axes_and_gradients(self, api: str) -> None:
         x = inputs(2, 3, 5, FEATURES)
         apply = stock(api, is_causal=True)
         gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(apply(x)))))(x)
-        ours = module(ridge_lambda=RIDGE)
-        expected = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(ours(x)))))(x)
-        assert relative_error(gradient, expected) <= SAME
+        assert relative_error(gradient, our_gradient(x)) <= SAME
 
     def test_sowing_weights_is_refused(self, api: str) -> None:
         with pytest.raises(NotImplementedError, match="sow_weights must be False"):
@@ -89,9 +101,8 @@ def test_is_causal_of_the_nnx_call() -> None:
     assert relative_error(got, call(module(ridge_lambda=RIDGE), x)) <= SAME
 
 
-@pytest.mark.parametrize("kwargs", [{"num_kv_heads": 2}, {"dtype": jnp.bfloat16}], ids=str)
-def test_grouped_heads_and_dtypes(kwargs: dict[str, Any]) -> None:
-    x = inputs()
+def test_grouped_heads_and_dtypes() -> None:
+    x, kwargs = inputs(), {"num_kv_heads": 2, "dtype": jnp.bfloat16}
     function = attention_fn(ridge_lambda=RIDGE, is_causal=True)
     layer = nnx.MultiHeadAttention(4, FEATURES, attention_fn=function, decode=False, rngs=nnx.Rngs(0), **kwargs)
     got, expected = call(layer, x), call(module(ridge_lambda=RIDGE, **kwargs), x)
@@ -101,7 +112,7 @@ def test_grouped_heads_and_dtypes(kwargs: dict[str, Any]) -> None:
 
 def test_nnx_decodes() -> None:
     """Flax's own decode step, a token at a time, with its mask over the cache."""
-    layer, x = stock("nnx"), inputs(2, 5, FEATURES)
+    layer, x = stock("nnx"), inputs(2, 9, FEATURES)[:, :5]
     layer.init_cache((2, 7, FEATURES))
     step = nnx.jit(lambda layer, x: layer(x, decode=True))
     got = jnp.concatenate([step(layer, x[:, i : i + 1]) for i in range(5)], axis=1)
@@ -148,6 +159,5 @@ def test_the_signature_names_all_that_flax_passes() -> None:
 def test_masks_of_any_number_type() -> None:
     q = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 2, 4)))
     mask = np.tril(np.ones((4, 4)))
-    got = [jax.jit(attention_fn())(q, q, q, mask=mask.astype(t)) for t in ("bool", "int32", "float32")]
-    for o in got[1:]:
-        np.testing.assert_array_equal(o, got[0])
+    got = [jax.jit(attention_fn())(q, q, q, mask=mask.astype(t)) for t in ("bool", "float32")]
+    np.testing.assert_array_equal(*got)
