@@ -31,8 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from runs import RunError, number, write
-from sweep import Budget, Job, Results, run_all
-from transformer import ATTENTIONS, AUTO, COLORS, DTYPES, IMPLEMENTATIONS, TITLES, Array, Transformer, compute_dtype
+from sweep import Budget, Job, Results, run_all, sweep_parser
+from transformer import ATTENTIONS, AUTO, COLORS, TITLES, Array, Transformer, compute_dtype
 
 try:
     from matplotlib.figure import Figure
@@ -216,22 +216,11 @@ def plot(config: Config, results: Results) -> Figure:
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary, _, details = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="small", help="default: %(default)s")
-    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="of LLAttention; default: the best here")
-    parser.add_argument("--output-dir", type=Path, help="default: outputs/in_context_regression/<preset>")
-    parser.add_argument("--fresh", action="store_true", help="do not go on with the results in the output folder")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
-    size = parser.add_argument_group("size", "defaults: the preset's")
+    parser, size = sweep_parser(__doc__, PRESETS, "in_context_regression")
     size.add_argument("--dim", type=number(int, 1), help="of inputs and targets")
-    for name in ("width", "heads", "length", "batch", "steps"):
+    for name in ("width", "heads", "length"):
         size.add_argument(f"--{name}", type=number(int, 1))
     size.add_argument("--segments", type=number(int, 4), nargs="+", help="lengths of segments, one sweep each")
-    size.add_argument("--rates", type=number(float, 0, above=True), nargs="+", help="learning rates to choose from")
-    size.add_argument("--dtype", choices=DTYPES, help="of the attention; auto: bfloat16 for heads of 128 features")
     return parser
 
 

@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from runs import RunError, number, write
-from sweep import Budget, Job, Results, run_all
-from transformer import ATTENTIONS, AUTO, COLORS, DTYPES, IMPLEMENTATIONS, TITLES, Array, Transformer, compute_dtype
+from sweep import Budget, Job, Results, run_all, sweep_parser
+from transformer import ATTENTIONS, AUTO, COLORS, TITLES, Array, Transformer, compute_dtype
 
 try:
     import optax
@@ -205,24 +205,11 @@ def plot(config: Config, results: Results) -> Figure:
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary, _, details = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="small", help="default: %(default)s")
-    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="of LLAttention; default: the best here")
-    parser.add_argument("--output-dir", type=Path, help="default: outputs/mqar/<preset>")
-    parser.add_argument("--fresh", action="store_true", help="do not go on with the results in the output folder")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
-    size = parser.add_argument_group("size", "defaults: the preset's")
+    parser, size = sweep_parser(__doc__, PRESETS, "mqar")
     size.add_argument("--vocabulary", type=number(int, 1))
     size.add_argument("--widths", type=number(int, 1), nargs="+")
     size.add_argument("--lengths", type=number(int, 1), nargs="+")
     size.add_argument("--pairs", type=number(int, 1), nargs="+", help="one per length")
-    size.add_argument("--batch", type=number(int, 1))
-    size.add_argument("--steps", type=number(int, 1))
-    size.add_argument("--rates", type=number(float, 0, above=True), nargs="+", help="learning rates to choose from")
-    size.add_argument("--dtype", choices=DTYPES, help="of the computation; auto: bfloat16 from width 128 on")
     return parser
 
 

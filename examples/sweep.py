@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from runs import RunError, check_config, write
-from transformer import Array
+from runs import RunError, check_config, number, write
+from transformer import DTYPES, IMPLEMENTATIONS, Array
 
 try:
     import optax
     from tqdm import tqdm
 except ModuleNotFoundError as error:
     sys.exit(f'{error.name} is not installed; the examples need: pip install "flashlla-jax[examples]"')
+
+
+def sweep_parser(doc: str | None, presets: Iterable[str], name: str) -> tuple[argparse.ArgumentParser, Any]:
+    """The flags that every sweep has, and the group for the sizes of its own. ``name`` is that of the output folder."""
+    summary, _, details = (doc or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=tuple(presets), default="small", help="default: %(default)s")
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="of LLAttention; default: the best here")
+    parser.add_argument("--output-dir", type=Path, help=f"default: outputs/{name}/<preset>")
+    parser.add_argument("--fresh", action="store_true", help="do not go on with the results in the output folder")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
+    size = parser.add_argument_group("size", "defaults: the preset's")
+    size.add_argument("--batch", type=number(int, 1))
+    size.add_argument("--steps", type=number(int, 1))
+    size.add_argument("--rates", type=number(float, 0, above=True), nargs="+", help="learning rates to choose from")
+    size.add_argument(
+        "--dtype", choices=DTYPES, help="of the computation; auto: bfloat16 where a head has 128 features or more"
+    )
+    return parser, size
 
 
 @dataclass(frozen=True)

@@ -338,7 +338,7 @@ class TestRefusals:
             {}, rngs={"params": jax.random.key(0)}, mutable=True
         )
 
-    @pytest.mark.parametrize(("kwargs", "error", "message"), REFUSED, ids=str)
+    @pytest.mark.parametrize(("kwargs", "error", "message"), REFUSED, ids=[case[2] for case in REFUSED])
     def test_of_the_constructor(self, api: str, kwargs: Any, error: Any, message: str) -> None:
         if api == "nnx":
             with pytest.raises(error, match=message):
