@@ -244,7 +244,7 @@ def _no_triton() -> str | None:
     try:
         importlib.import_module("jax_triton")
     except ImportError as error:
-        return f"jax-triton cannot be imported ({error})"
+        return f"jax-triton cannot be imported ({' '.join(str(error).split())})"
     device = jax.devices()[0]
     if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
         return f"it needs an NVIDIA GPU, JAX's default device is {device.device_kind} ({device.platform})"
