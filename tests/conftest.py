@@ -1,6 +1,11 @@
 """float64 is on for every test (the reference is float64), and nothing is promoted or broadcast by accident."""
 
+import importlib
 import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import jax
 import pytest
@@ -21,3 +26,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def import_example() -> Callable[[str], ModuleType]:
+    """Imports an example by name, with its folder on the path as when it is run."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def as_a_script() -> Iterator[None]:
+    """The suite's float64 and strict promotion are not what a user's script runs with; compilation is kept quick."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)

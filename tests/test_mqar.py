@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +18,8 @@ from flax import nnx
 
 for requirement in ("matplotlib", "optax", "orbax.checkpoint", "tqdm"):
     pytest.importorskip(requirement)
+
+pytestmark = pytest.mark.usefixtures("as_a_script")
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -41,18 +43,8 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def example() -> ModuleType:
-    sys.path.insert(0, str(EXAMPLES))
-    return importlib.import_module("mqar")
-
-
-@pytest.fixture(autouse=True)
-def _as_a_script():
-    """The suite's float64 and strict promotion are not what a user's script runs with; compilation is kept quick."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def example(import_example: Callable[[str], ModuleType]) -> ModuleType:
+    return import_example("mqar")
 
 
 def draw(example: ModuleType, seed: int, *sizes: int) -> list[np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
@@ -11,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +23,8 @@ from flax import nnx
 for requirement in ("matplotlib", "optax", "orbax.checkpoint", "tqdm"):
     pytest.importorskip(requirement)
 
+pytestmark = pytest.mark.usefixtures("as_a_script")
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 STEPS = 90
@@ -33,18 +35,8 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def example() -> ModuleType:
-    sys.path.insert(0, str(EXAMPLES))
-    return importlib.import_module("train_char_lm")
-
-
-@pytest.fixture(autouse=True)
-def _as_a_script():
-    """The suite's float64 and strict promotion are not what a user's script runs with; compilation is kept quick."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def example(import_example: Callable[[str], ModuleType]) -> ModuleType:
+    return import_example("train_char_lm")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -293,8 +285,8 @@ def test_fresh_starts_over(example, finished, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("attention", ["lla", "softmax", "linear"])
-def test_transformer_is_causal(example, attention):
-    transformer = importlib.import_module("transformer")
+def test_transformer_is_causal(import_example, attention):
+    transformer = import_example("transformer")
     model = nnx.jit(lambda: transformer.Transformer(attention, 16, 1, 2, rngs=nnx.Rngs(0)))()
     x = np.random.default_rng(0).standard_normal((2, 20, 16)).astype(np.float32)
     changed = x.copy()
