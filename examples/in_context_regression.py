@@ -18,20 +18,18 @@ stopped run goes on with what is missing, with the same command.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from runs import RunError, number, write
-from sweep import Budget, Job, Results, run_all, sweep_parser
+from runs import number
+from sweep import Budget, Job, Results, carry_out, run_all, sweep_parser
 from transformer import ATTENTIONS, AUTO, COLORS, TITLES, Array, Transformer, compute_dtype
 
 try:
@@ -242,21 +240,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
     config = _config(parser, args)
-    output = args.output_dir or Path("outputs") / "in_context_regression" / args.preset
-    try:
-        results = Results(output / "results.json", dataclasses.asdict(config), args.fresh)
-        run(config, results)
-    except (RunError, NotImplementedError) as error:  # the latter: an implementation that cannot run here
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted; the same command goes on after the last finished training\n")
-    if args.preset == "small":
-        print("a small version of the task; --preset full has d = 32")
-    print(f"{jax.devices()[0].device_kind}, {config.steps} steps of {config.batch} sequences of {config.length}")
-    print(table(config, results))
-    path = output / "in_context_regression.png"
-    write(path, lambda path: plot(config, results).savefig(path, dpi=110, format="png"))
-    print(f"results: {output / 'results.json'}, {path}")
+    remarks = ["a small version of the task; --preset full has d = 32"] if args.preset == "small" else []
+    remarks.append(
+        f"{jax.devices()[0].device_kind}, {config.steps} steps of {config.batch} sequences of {config.length}"
+    )
+    carry_out(parser, args, config, "in_context_regression", run=run, table=table, plot=plot, remarks=remarks)
 
 
 if __name__ == "__main__":

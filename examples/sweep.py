@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,6 +45,33 @@ def sweep_parser(doc: str | None, presets: Iterable[str], name: str) -> tuple[ar
         "--dtype", choices=DTYPES, help="of the computation; auto: bfloat16 where a head has 128 features or more"
     )
     return parser, size
+
+
+def carry_out(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    config: Any,
+    name: str,
+    *,
+    run: Callable[..., None],
+    table: Callable[..., str],
+    plot: Callable[..., Any],
+    remarks: Sequence[str],
+) -> None:
+    """Trains what is missing in the output folder, then prints the remarks and the table and writes the plot."""
+    output = args.output_dir or Path("outputs") / name / args.preset
+    try:
+        results = Results(output / "results.json", dataclasses.asdict(config), args.fresh)
+        run(config, results)
+    except (RunError, NotImplementedError) as error:  # the latter: an implementation that cannot run here
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted; the same command goes on after the last finished training\n")
+    for remark in remarks:
+        print(remark)
+    print(table(config, results))
+    write(output / f"{name}.png", lambda path: plot(config, results).savefig(path, dpi=110, format="png"))
+    print(f"results: {output / 'results.json'}, {output / f'{name}.png'}")
 
 
 @dataclass(frozen=True)

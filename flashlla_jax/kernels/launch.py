@@ -17,9 +17,9 @@ class Launch(NamedTuple):
 
 
 # By the least compute capability, (kernel, bytes of a product's operand) and padded head dimension, the larger of the
-# key's and the value's. Those of 90 were chosen by time on an H200 (benchmarks/tune.py). No GPU was at hand for the
-# others: by the least register spills. The key kernel's BM divides the query's; for 4 bytes BM is 32 at the most
-# (kernels/tiles.py, load_origin).
+# key's and the value's. 64 and 128 of capability 90 were chosen by time on an H200 (benchmarks/tune.py times candidates
+# like those again), the rest by what the compiler makes of them, the least register spills. The key kernel's BM divides
+# the query's; for 4 bytes BM is 32 at the most (kernels/tiles.py, load_origin).
 _TABLE: dict[int, dict[tuple[str, int], dict[int, Launch]]] = {
     90: {
         ("forward", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 4, 3), 256: Launch(64, 32, 4, 2)},
