@@ -47,13 +47,15 @@ class TestTriton(ImplementationTests):
     def bound(self, dtype: str, kind: str, ridge: float, name: str, dense_error: float) -> float:
         if dtype == "float32":
             return 2e-5 if math.isnan(dense_error) else max(2e-5, 5 * dense_error)
-        if kind == "peaky" and ridge < 0.1:
+        nearly_singular = kind == "peaky" and ridge < 0.1  # a condition number of 1e4, x of 4e3
+        if nearly_singular and dtype == "float16":
             # not promised; measured 1.8e-2 with the steps capped at 2 D
             return 4e-2
-        # the promise of precision="high"
+        # the promise of precision="high"; twice that where sums in float32 round x.k, 1e4, to 1e-3
+        slack = 2 if nearly_singular else 1
         if name == "o" or name == "dv":
-            return 3e-3 if name == "o" else 6e-3
-        return 6e-3 if ridge >= 0.1 else 1e-2
+            return slack * (3e-3 if name == "o" else 6e-3)
+        return slack * (6e-3 if ridge >= 0.1 else 1e-2)
 
 
 # The promise of bfloat16 at DEFAULT for keys N(0, 1), by ridge: o, and the worst gradient.

@@ -24,6 +24,7 @@ class _Arithmetic(NamedTuple):
     upcast: bool  # tiles to float32 after loading
     precision: str  # of a float32 product
     halves: bool  # x and u as hi + lo
+    rest: bool  # the output uses what that leaves of x, too
     split_below: float  # the matvec's weights as hi + lo where lambda < split_below * (variance of a key's feature)
     low_above: float  # the low half of x is used where it moves kc.x by more than this
     forward_rtol: float
@@ -34,12 +35,12 @@ class _Arithmetic(NamedTuple):
 def _arithmetic(dtype: jnp.dtype, precision: lax.Precision) -> _Arithmetic:
     if dtype == jnp.bfloat16 and precision != lax.Precision.HIGHEST:
         if precision == lax.Precision.HIGH:
-            return _Arithmetic(False, "tf32", True, math.inf, 0.0, 1e-8, 1e-10, True)
-        return _Arithmetic(False, "tf32", True, 0.05, 1e-3, 4e-6, 1e-6, True)
+            return _Arithmetic(False, "tf32", True, True, math.inf, 0.0, 1e-8, 1e-11, True)
+        return _Arithmetic(False, "tf32", True, False, 0.05, 1e-3, 4e-6, 1e-6, True)
     if precision == lax.Precision.DEFAULT:
-        return _Arithmetic(True, "tf32", True, 0.0, 0.0, 1e-7, 1e-7, False)
+        return _Arithmetic(True, "tf32", True, False, 0.0, 0.0, 1e-7, 1e-7, False)
     name, rtol = ("tf32x3", 1e-12) if precision == lax.Precision.HIGH else ("ieee", 1e-13)
-    return _Arithmetic(True, name, False, 0.0, 0.0, rtol, rtol, False)
+    return _Arithmetic(True, name, False, False, 0.0, 0.0, rtol, rtol, False)
 
 
 def _padded(dim: int) -> int:
@@ -154,6 +155,7 @@ def _forward(query: Array, key: Array, value: Array, lam: Array, options: Option
             **problem.constants(),
             **problem.solver_constants(problem.arithmetic.forward_rtol),
             "DELTA_EPS": options.delta_eps,
+            "REST": problem.arithmetic.rest,
             "LOW_ABOVE": problem.arithmetic.low_above,
         },
     )

@@ -93,12 +93,13 @@ def query_gradient(Q, G, x_hi, x_lo, u_hi, u_lo, a0, b0, c0, lse, kbar, k_base, 
             K = load_keys(k_base, n0, S, origin, KSTRIDE, D, BN, DP, masked == 1, UPCAST)
             V = load_tile(v_base, n0, S, VSTRIDE, DV, BN, DVP, masked == 1, UPCAST)
             w = tl.math.exp2(logits(Q, K, m0, n0, T, S, SCALE, CAUSAL, masked == 1, BM, BN, PRECISION) - lse[:, None])
-            a = tl.dot(x_hi, tl.trans(K), input_precision=PRECISION)
+            a = tl.zeros((BM, BN), tl.float32)
             b = tl.dot(G, tl.trans(V), input_precision=PRECISION)
-            b = tl.dot(u_hi, tl.trans(K), acc=b, input_precision=PRECISION)
-            if LOW:
+            if LOW:  # before the large halves, as in the forward pass
                 a = tl.dot(x_lo, tl.trans(K), acc=a, input_precision=PRECISION)
                 b = tl.dot(u_lo, tl.trans(K), acc=b, input_precision=PRECISION)
+            a = tl.dot(x_hi, tl.trans(K), acc=a, input_precision=PRECISION)
+            b = tl.dot(u_hi, tl.trans(K), acc=b, input_precision=PRECISION)
             ds = w * ((a + a0[:, None]) * (b + b0[:, None]) + c0[:, None])
             acc, sums = rounded_product(ds, K, acc, sums, False, PRECISION)
     return acc - one_column(sums)[:, None] * kbar
@@ -236,14 +237,15 @@ def key_gradients(dk, dk_u, dv, keys, V, k_base, n0, low, high, head, batch, T, 
         lse, a0 = load_pairs(lse_a0_ptr + pairs, m0, BM)
         b0, c0 = load_pairs(b0_c0_ptr + pairs, m0, BM)
         s = tl.dot(K, tl.trans(Q), input_precision=PRECISION)
-        a = tl.dot(K, tl.trans(X), input_precision=PRECISION)
+        a = tl.zeros((BN, BM), tl.float32)
         b = tl.dot(V, tl.trans(G), input_precision=PRECISION)
-        b = tl.dot(K, tl.trans(U), acc=b, input_precision=PRECISION)
-        if LOW:
+        if LOW:  # before the large halves, as in the forward pass
             X_lo = load_tile(x_lo, m0, T, QSTRIDE, D, BM, DP, EDGE, UPCAST)
             U_lo = load_tile(u_lo, m0, T, QSTRIDE, D, BM, DP, EDGE, UPCAST)
             a = tl.dot(K, tl.trans(X_lo), acc=a, input_precision=PRECISION)
             b = tl.dot(K, tl.trans(U_lo), acc=b, input_precision=PRECISION)
+        a = tl.dot(K, tl.trans(X), acc=a, input_precision=PRECISION)
+        b = tl.dot(K, tl.trans(U), acc=b, input_precision=PRECISION)
         s = s * SCALE - lse[None, :]
         if EDGE and CAUSAL:
             seen = (n0 + tl.arange(0, BN))[:, None] <= (m0 + S - T + tl.arange(0, BM))[None, :]

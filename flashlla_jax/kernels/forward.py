@@ -51,10 +51,13 @@ def forward_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
     DVP: tl.constexpr, CAUSAL: tl.constexpr, SCALE: tl.constexpr, DELTA_EPS: tl.constexpr, RTOL: tl.constexpr,
     ATOL: tl.constexpr, MAX_ITERS: tl.constexpr, PRECONDITION: tl.constexpr, FINISH: tl.constexpr, HALVES: tl.constexpr,
-    SPLIT_BELOW: tl.constexpr, LOW_ABOVE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    REST: tl.constexpr, SPLIT_BELOW: tl.constexpr, LOW_ABOVE: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """HALVES: x is carried as hi + lo. SPLIT_BELOW: the matvec's weights too, where lambda < SPLIT_BELOW key_scale."""
+    """HALVES: x is carried as hi + lo. REST: the output uses what that leaves of it, too.
+
+    SPLIT_BELOW: the matvec's weights are hi + lo, too, where lambda < SPLIT_BELOW key_scale.
+    """
     tiles = tl.cdiv(T, BM)
     tile = tiles - 1 - tl.program_id(0) % tiles  # the longest prefixes first
     head = tl.program_id(0) // tiles % HEADS
@@ -113,6 +116,10 @@ def forward_kernel(
         lo = tl.where(with_low, lo, 0.0).to(Q.dtype)
         store_tile(head_base(x_lo, batch, T, head, HEADS, D), lo, m0, T, QSTRIDE, D, BM, DP)
         used += lo.to(tl.float32)
+    rest = lo
+    if REST:
+        rest = as_operand(-x - used, Q.dtype, PRECISION)
+        used += rest.to(tl.float32)
     a0 = 1.0 - tl.sum(used * kbar, 1)
     if UPCAST and PRECISION != "tf32":
         a0 += defect
@@ -129,20 +136,20 @@ def forward_kernel(
     store_rows(residual_ptr + row_base, tl.sqrt(rr), m0, T, HEADS, BM)
 
     if with_low:
-        out = output(Q, hi, lo, a0, lse, k_base, origin, v_base, m0, T, S, whole, end, SCALE, KSTRIDE, VSTRIDE, D, DV,
-                     CAUSAL, HALVES, PRECISION, UPCAST, BM, BN, DP, DVP)  # fmt: skip
+        out = output(Q, hi, lo, rest, a0, lse, k_base, origin, v_base, m0, T, S, whole, end, SCALE, KSTRIDE, VSTRIDE, D,
+                     DV, CAUSAL, HALVES, REST, PRECISION, UPCAST, BM, BN, DP, DVP)  # fmt: skip
     else:
-        out = output(Q, hi, lo, a0, lse, k_base, origin, v_base, m0, T, S, whole, end, SCALE, KSTRIDE, VSTRIDE, D, DV,
-                     CAUSAL, False, PRECISION, UPCAST, BM, BN, DP, DVP)  # fmt: skip
+        out = output(Q, hi, lo, rest, a0, lse, k_base, origin, v_base, m0, T, S, whole, end, SCALE, KSTRIDE, VSTRIDE, D,
+                     DV, CAUSAL, False, False, PRECISION, UPCAST, BM, BN, DP, DVP)  # fmt: skip
     store_tile(head_base(o, batch, T, head, HEADS, DV), out * damping[:, None], m0, T, OSTRIDE, DV, BM, DVP)
 
 
 @triton.jit
-def output(Q, hi, lo, a0, lse, k_base, origin, v_base, m0, T, S, whole, end, SCALE, KSTRIDE: tl.constexpr,
+def output(Q, hi, lo, rest, a0, lse, k_base, origin, v_base, m0, T, S, whole, end, SCALE, KSTRIDE: tl.constexpr,
            VSTRIDE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CAUSAL: tl.constexpr, LOW: tl.constexpr,
-           PRECISION: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr,
-           DVP: tl.constexpr):  # fmt: skip
-    """sum_j p_ij a_ij v_j, with a_ij = a0_i + (hi + lo).k_j: x comes negated."""
+           REST: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+           DP: tl.constexpr, DVP: tl.constexpr):  # fmt: skip
+    """sum_j p_ij a_ij v_j, with a_ij = a0_i + (hi + lo + rest).k_j: x comes negated."""
     acc = tl.zeros((BM, DVP), tl.float32)
     for masked in tl.static_range(2):
         low = whole if masked else 0
@@ -151,9 +158,13 @@ def output(Q, hi, lo, a0, lse, k_base, origin, v_base, m0, T, S, whole, end, SCA
             K = load_keys(k_base, n0, S, origin, KSTRIDE, D, BN, DP, masked == 1, UPCAST)
             V = load_tile(v_base, n0, S, VSTRIDE, DV, BN, DVP, masked == 1, UPCAST)
             w = tl.math.exp2(logits(Q, K, m0, n0, T, S, SCALE, CAUSAL, masked == 1, BM, BN, PRECISION) - lse[:, None])
-            a = tl.dot(hi, tl.trans(K), input_precision=PRECISION)
+            # the smallest first: what is added to a large sum is cut to what that keeps
+            a = tl.zeros((BM, BN), tl.float32)
+            if REST:
+                a = tl.dot(rest, tl.trans(K), acc=a, input_precision=PRECISION)
             if LOW:
                 a = tl.dot(lo, tl.trans(K), acc=a, input_precision=PRECISION)
+            a = tl.dot(hi, tl.trans(K), acc=a, input_precision=PRECISION)
             pa = w * (a + a0[:, None])
             acc = tl.dot(pa.to(V.dtype), V, acc=acc, input_precision=PRECISION)
     return acc

@@ -35,7 +35,7 @@ Arithmetic = Callable[..., Any]
 TILES = Launch(32, 32, 4, 1)
 
 
-def narrow(split_below: float, low_above: float) -> Arithmetic:
+def narrow(split_below: float, low_above: float, rest: bool = False) -> Arithmetic:
     """``_arithmetic`` with bfloat16's path for float16, which the interpreter can compute."""
     original = kernels._arithmetic
 
@@ -46,6 +46,7 @@ def narrow(split_below: float, low_above: float) -> Arithmetic:
             precision="ieee",
             split_below=split_below,
             low_above=low_above,
+            rest=rest,
             # tight, so that what is left is the rounding of the operands
             forward_rtol=1e-10,
             backward_rtol=1e-12,
@@ -317,5 +318,5 @@ class TestNarrow(NarrowTests):
 class TestNarrowHalves(NarrowTests):
     """As at HIGH precision: halves always."""
 
-    arithmetic = staticmethod(narrow(math.inf, 0.0))
+    arithmetic = staticmethod(narrow(math.inf, 0.0, rest=True))
     bounds = {10.0: NARROW_BOUND, 0.01: NARROW_BOUND}  # noqa: RUF012
