@@ -40,9 +40,10 @@ class Entry(NamedTuple):
     kernel: str
     dtype: str
     dim: int
+    precision: str = "default"
 
     def __str__(self) -> str:
-        return f"sm_{self.capability}-{self.kernel}-{self.dtype}-D{self.dim}"
+        return f"sm_{self.capability}-{self.kernel}-{self.dtype}-D{self.dim}-{self.precision}"
 
 
 class Report(NamedTuple):
@@ -60,7 +61,8 @@ class Report(NamedTuple):
         return re.findall(r"\((C\d+)\) Potential Performance Loss: wgmma", self.log)
 
 
-# Every entry of the launch table, each on the oldest GPU that it serves, and the usual one on Blackwell.
+# Every entry of the launch table, each on the oldest GPU that it serves, the usual one on Blackwell, and what else the
+# kernels do in bfloat16 at HIGH.
 ENTRIES = [
     *(
         Entry(capability, kernel, {2: "bfloat16", 4: "float32"}[operand_bytes], dim)
@@ -69,6 +71,7 @@ ENTRIES = [
         for dim in entries
     ),
     *(Entry(100, kernel, "bfloat16", 64) for kernel in KERNELS),
+    *(Entry(90, kernel, "bfloat16", dim, "high") for kernel in ("forward", "query") for dim in (64, 128)),
 ]
 
 
@@ -77,17 +80,21 @@ ENTRIES = [
 # memory meanwhile, so there are always some; a wrong tile shape shows as ten times as many. A head dimension of 256 is
 # beyond the registers in float32, and in bfloat16 before Hopper: right, but slow.
 SPILLS = {
-    (90, "bfloat16"): {
+    (90, "bfloat16", "high"): {
+        64: {"forward": 1000, "query": 1000},
+        128: {"forward": 4000, "query": 4200},
+    },
+    (90, "bfloat16", "default"): {
         64: {"forward": 1424, "query": 2184, "key": 172},
         128: {"forward": 2768, "query": 5080, "key": 544},
         256: {"forward": 9116, "query": 15456, "key": 8448},
     },
-    (80, "bfloat16"): {
+    (80, "bfloat16", "default"): {
         64: {"forward": 1220, "query": 1732, "key": 40},
         128: {"forward": 2244, "query": 4568, "key": 436},
         256: {"forward": 42984, "query": 67968, "key": 868},
     },
-    (80, "float32"): {
+    (80, "float32", "default"): {
         64: {"forward": 580, "query": 1168, "key": 348},
         128: {"forward": 2092, "query": 5040, "key": 764},
         256: {"forward": 50128, "query": 98152, "key": 3176},
@@ -96,7 +103,7 @@ SPILLS = {
 
 
 @cache
-def launches(capability: int, dtype: str, dim: int) -> dict[str, tuple[Any, ...]]:
+def launches(capability: int, dtype: str, dim: int, precision: str) -> dict[str, tuple[Any, ...]]:
     """The arguments of each ``launch.call`` of a causal forward and backward pass, by kernel."""
     calls = {}
 
@@ -105,7 +112,7 @@ def launches(capability: int, dtype: str, dim: int) -> dict[str, tuple[Any, ...]
         return tuple(jnp.zeros(out.shape, out.dtype) for out in out_shapes)
 
     def gradients(*args: jax.Array) -> Any:
-        options = Options(True, dim**-0.5, 1e-12, None, None, 2 * dim, False, lax.Precision.DEFAULT)
+        options = Options(True, dim**-0.5, 1e-12, None, None, 2 * dim, False, lax.Precision(precision))
         o, vjp, _ = jax.vjp(lambda *x: attention.attention(*x, options), *args, has_aux=True)
         return vjp(o)
 
@@ -137,7 +144,8 @@ def compile_entry(entry: Entry) -> Report:
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
-    kernel, arrays, out_shapes, shape, constants = launches(entry.capability, entry.dtype, entry.dim)[entry.kernel]
+    calls = launches(entry.capability, entry.dtype, entry.dim, entry.precision)
+    kernel, arrays, out_shapes, shape, constants = calls[entry.kernel]
     constants = {**constants, "BM": shape.BM, "BN": shape.BN}
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
     types = [f"*{short[jnp.dtype(x.dtype).name]}" for x in (*arrays, *out_shapes)]
@@ -190,7 +198,7 @@ def test_fits(entry: Entry, report: Callable[[Entry], Report]) -> None:
 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.capability < 100], ids=str)
 def test_spills_no_more_than_known(entry: Entry, report: Callable[[Entry], Report]) -> None:
-    most = 1.25 * SPILLS[entry.capability, entry.dtype][entry.dim][entry.kernel]
+    most = 1.25 * SPILLS[entry.capability, entry.dtype, entry.precision][entry.dim][entry.kernel]
     assert report(entry).spill_stores <= most, report(entry).log
 
 

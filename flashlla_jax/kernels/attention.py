@@ -24,9 +24,9 @@ class _Arithmetic(NamedTuple):
     upcast: bool  # tiles to float32 after loading
     precision: str  # of a float32 product
     halves: bool  # x and u as hi + lo
-    rest: bool  # the output uses what that leaves of x, too
     split_below: float  # the matvec's weights as hi + lo where lambda < split_below * (variance of a key's feature)
     low_above: float  # the low half of x is used where it moves kc.x by more than this
+    careful_above: float  # what the halves leave of x is, too, and the output's weights made to sum to 1
     forward_rtol: float
     backward_rtol: float
     finish: bool  # whether these stops count on a last step that takes no product, see kernels/solver.py
@@ -35,12 +35,12 @@ class _Arithmetic(NamedTuple):
 def _arithmetic(dtype: jnp.dtype, precision: lax.Precision) -> _Arithmetic:
     if dtype == jnp.bfloat16 and precision != lax.Precision.HIGHEST:
         if precision == lax.Precision.HIGH:
-            return _Arithmetic(False, "tf32", True, True, math.inf, 0.0, 1e-8, 1e-11, True)
-        return _Arithmetic(False, "tf32", True, False, 0.05, 1e-3, 4e-6, 1e-6, True)
+            return _Arithmetic(False, "tf32", True, math.inf, 0.0, 1e-4, 1e-8, 1e-11, True)
+        return _Arithmetic(False, "tf32", True, 0.05, 1e-3, math.inf, 4e-6, 1e-6, True)
     if precision == lax.Precision.DEFAULT:
-        return _Arithmetic(True, "tf32", True, False, 0.0, 0.0, 1e-7, 1e-7, False)
+        return _Arithmetic(True, "tf32", True, 0.0, 0.0, math.inf, 1e-7, 1e-7, False)
     name, rtol = ("tf32x3", 1e-12) if precision == lax.Precision.HIGH else ("ieee", 1e-13)
-    return _Arithmetic(True, name, False, False, 0.0, 0.0, rtol, rtol, False)
+    return _Arithmetic(True, name, False, 0.0, 0.0, math.inf, rtol, rtol, False)
 
 
 def _padded(dim: int) -> int:
@@ -155,8 +155,8 @@ def _forward(query: Array, key: Array, value: Array, lam: Array, options: Option
             **problem.constants(),
             **problem.solver_constants(problem.arithmetic.forward_rtol),
             "DELTA_EPS": options.delta_eps,
-            "REST": problem.arithmetic.rest,
             "LOW_ABOVE": problem.arithmetic.low_above,
+            "CAREFUL_ABOVE": problem.arithmetic.careful_above,
         },
     )
     residuals = Residuals(omega, logsumexp, iterations, residual_norm)

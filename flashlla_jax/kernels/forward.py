@@ -38,9 +38,10 @@ def key_scale(k_base, whole, S, KSTRIDE: tl.constexpr, D: tl.constexpr, UPCAST: 
 
 
 @triton.jit
-def low_half_matters(lo, scale2, THRESHOLD: tl.constexpr):
-    """Whether some row's kc.lo, of standard deviation |lo| sqrt(scale2), is above THRESHOLD. NaN counts."""
-    worst = tl.max(tl.sum(lo * lo, 1), 0) * scale2
+def matters(part, scale2, THRESHOLD: tl.constexpr):
+    """Whether some row's kc.part, of standard deviation |part| sqrt(scale2), is above THRESHOLD. NaN counts."""
+    part = part.to(tl.float32)
+    worst = tl.max(tl.sum(part * part, 1), 0) * scale2
     return (worst <= THRESHOLD * THRESHOLD) == 0
 
 
@@ -51,12 +52,13 @@ def forward_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
     DVP: tl.constexpr, CAUSAL: tl.constexpr, SCALE: tl.constexpr, DELTA_EPS: tl.constexpr, RTOL: tl.constexpr,
     ATOL: tl.constexpr, MAX_ITERS: tl.constexpr, PRECONDITION: tl.constexpr, FINISH: tl.constexpr, HALVES: tl.constexpr,
-    REST: tl.constexpr, SPLIT_BELOW: tl.constexpr, LOW_ABOVE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT_BELOW: tl.constexpr, LOW_ABOVE: tl.constexpr, CAREFUL_ABOVE: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """HALVES: x is carried as hi + lo. REST: the output uses what that leaves of it, too.
+    """HALVES: x is carried as hi + lo. SPLIT_BELOW: the matvec's weights too, where lambda < SPLIT_BELOW key_scale.
 
-    SPLIT_BELOW: the matvec's weights are hi + lo, too, where lambda < SPLIT_BELOW key_scale.
+    LOW_ABOVE: the low half is used where it moves some kc.x by more than this. CAREFUL_ABOVE (inf: never): what the
+    halves leave of x is used, and the a_ij are made to sum to 1, where that does.
     """
     tiles = tl.cdiv(T, BM)
     tile = tiles - 1 - tl.program_id(0) % tiles  # the longest prefixes first
@@ -112,14 +114,16 @@ def forward_kernel(
     with_low = False
     if HALVES:
         # a low half that does not matter is stored as 0, so that the backward pass uses the same x
-        with_low = low_half_matters(lo.to(tl.float32), scale2, LOW_ABOVE)
+        with_low = matters(lo, scale2, LOW_ABOVE)
         lo = tl.where(with_low, lo, 0.0).to(Q.dtype)
         store_tile(head_base(x_lo, batch, T, head, HEADS, D), lo, m0, T, QSTRIDE, D, BM, DP)
         used += lo.to(tl.float32)
     rest = lo
-    if REST:
+    careful = False
+    if CAREFUL_ABOVE < float("inf"):
         rest = as_operand(-x - used, Q.dtype, PRECISION)
-        used += rest.to(tl.float32)
+        careful = matters(rest, scale2, CAREFUL_ABOVE)
+        used += tl.where(careful, rest.to(tl.float32), 0.0)
     a0 = 1.0 - tl.sum(used * kbar, 1)
     if UPCAST and PRECISION != "tf32":
         a0 += defect
@@ -135,13 +139,51 @@ def forward_kernel(
     store_rows(iterations_ptr + row_base, iterations, m0, T, HEADS, BM)
     store_rows(residual_ptr + row_base, tl.sqrt(rr), m0, T, HEADS, BM)
 
-    if with_low:
+    if careful:
+        a0 += missing_weight(Q, hi, lo, rest, a0, lse, k_base, origin, m0, T, S, whole, end, SCALE, KSTRIDE, D, CAUSAL,
+                             PRECISION, UPCAST, BM, BN, DP)  # fmt: skip
         out = output(Q, hi, lo, rest, a0, lse, k_base, origin, v_base, m0, T, S, whole, end, SCALE, KSTRIDE, VSTRIDE, D,
-                     DV, CAUSAL, HALVES, REST, PRECISION, UPCAST, BM, BN, DP, DVP)  # fmt: skip
+                     DV, CAUSAL, HALVES, CAREFUL_ABOVE < float("inf"), PRECISION, UPCAST, BM, BN, DP, DVP)  # fmt: skip
+    elif with_low:
+        out = output(Q, hi, lo, rest, a0, lse, k_base, origin, v_base, m0, T, S, whole, end, SCALE, KSTRIDE, VSTRIDE, D,
+                     DV, CAUSAL, HALVES, False, PRECISION, UPCAST, BM, BN, DP, DVP)  # fmt: skip
     else:
         out = output(Q, hi, lo, rest, a0, lse, k_base, origin, v_base, m0, T, S, whole, end, SCALE, KSTRIDE, VSTRIDE, D,
                      DV, CAUSAL, False, False, PRECISION, UPCAST, BM, BN, DP, DVP)  # fmt: skip
     store_tile(head_base(o, batch, T, head, HEADS, DV), out * damping[:, None], m0, T, OSTRIDE, DV, BM, DVP)
+
+
+@triton.jit
+def x_dot_k(hi, lo, rest, K, LOW: tl.constexpr, REST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """(hi + lo + rest).k_j; the smallest first: what is added to a large sum is cut to what that keeps."""
+    a = tl.zeros((BM, BN), tl.float32)
+    if REST:
+        a = tl.dot(rest, tl.trans(K), acc=a, input_precision=PRECISION)
+    if LOW:
+        a = tl.dot(lo, tl.trans(K), acc=a, input_precision=PRECISION)
+    return tl.dot(hi, tl.trans(K), acc=a, input_precision=PRECISION)
+
+
+@triton.jit
+def missing_weight(Q, hi, lo, rest, a0, lse, k_base, origin, m0, T, S, whole, end, SCALE, KSTRIDE: tl.constexpr,
+                   D: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+                   BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr):  # fmt: skip
+    """1 - sum_j p_ij a_ij, which is 0 but for rounding.
+
+    Where A is nearly singular, x.k and a0 are large numbers of which little is left. What rounding did to them, and to
+    kbar before, is mostly the same for all keys that count, as a0 is.
+    """
+    total = tl.zeros((BM,), tl.float32)
+    for masked in tl.static_range(2):
+        low = whole if masked else 0
+        high = end if masked else whole
+        for n0 in range(low, high, BN):
+            K = load_keys(k_base, n0, S, origin, KSTRIDE, D, BN, DP, masked == 1, UPCAST)
+            w = tl.math.exp2(logits(Q, K, m0, n0, T, S, SCALE, CAUSAL, masked == 1, BM, BN, PRECISION) - lse[:, None])
+            a = x_dot_k(hi, lo, rest, K, True, True, BM, BN, PRECISION)
+            total += tl.sum(w * (a + a0[:, None]), 1)
+    return 1.0 - total
 
 
 @triton.jit
@@ -158,13 +200,7 @@ def output(Q, hi, lo, rest, a0, lse, k_base, origin, v_base, m0, T, S, whole, en
             K = load_keys(k_base, n0, S, origin, KSTRIDE, D, BN, DP, masked == 1, UPCAST)
             V = load_tile(v_base, n0, S, VSTRIDE, DV, BN, DVP, masked == 1, UPCAST)
             w = tl.math.exp2(logits(Q, K, m0, n0, T, S, SCALE, CAUSAL, masked == 1, BM, BN, PRECISION) - lse[:, None])
-            # the smallest first: what is added to a large sum is cut to what that keeps
-            a = tl.zeros((BM, BN), tl.float32)
-            if REST:
-                a = tl.dot(rest, tl.trans(K), acc=a, input_precision=PRECISION)
-            if LOW:
-                a = tl.dot(lo, tl.trans(K), acc=a, input_precision=PRECISION)
-            a = tl.dot(hi, tl.trans(K), acc=a, input_precision=PRECISION)
+            a = x_dot_k(hi, lo, rest, K, LOW, REST, BM, BN, PRECISION)
             pa = w * (a + a0[:, None])
             acc = tl.dot(pa.to(V.dtype), V, acc=acc, input_precision=PRECISION)
     return acc
