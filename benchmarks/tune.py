@@ -3,7 +3,8 @@
     python -m benchmarks.tune [--kernels forward query key] [--dims 64 128 256] [--output FILE]
     python -m benchmarks.tune --kernels key --dims 128 --candidates 64,64,4,2 64,128,8,1
 
-The lines printed at the end replace those of ``_TABLE`` in ``flashlla_jax/kernels/launch.py``. A candidate is rated by
+The lines printed at the end replace those of ``_TABLE`` in ``flashlla_jax/kernels/launch.py``, or begin the entry of
+this GPU's compute capability there. A candidate is rated by
 the geometric mean of its times at the ridges 10 and 0.1; one that does not compile, does not fit, or computes
 something else than the launch in the table is skipped with one line. Compiling takes 5 to 10 s a candidate.
 """
@@ -151,7 +152,7 @@ class Problem:
             delta_eps=1e-12,
             cg_atol=None,
             cg_rtol=None,
-            cg_max_iters=max(32, 2 * dim),
+            cg_max_iters=max(32, 4 * dim),
             cg_use_preconditioner=False,
             precision=jax.lax.Precision.DEFAULT,
         )
@@ -332,7 +333,7 @@ def main() -> None:
             described(environment(device)),
             table(tuned),
             "",
-            "# flashlla_jax/kernels/launch.py, _TABLE:",
+            f"# flashlla_jax/kernels/launch.py, _TABLE[{launching.capability()}]:",
             table_lines(tuned),
         ]
     )
