@@ -4,9 +4,9 @@
     python -m benchmarks.tune --kernels key --dims 128 --candidates 64,64,4,2 64,128,8,1
 
 The lines printed at the end replace those of ``_TABLE`` in ``flashlla_jax/kernels/launch.py``, or begin the entry of
-this GPU's compute capability there. A candidate is rated by
-the geometric mean of its times at the ridges 10 and 0.1; one that does not compile, does not fit, or computes
-something else than the launch in the table is skipped with one line. Compiling takes 5 to 10 s a candidate.
+this GPU's compute capability there. A candidate is rated by the geometric mean of its times at the ridges 10 and 0.1;
+one that does not compile, does not fit, or computes something else than the launch in the table is skipped with one
+line. Compiling takes 5 to 10 s a candidate.
 """
 
 from __future__ import annotations
