@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from flashlla_jax import blockwise, dispatch, reference
 from flashlla_jax.interface import Options, Residuals, accumulation_dtype
 from flashlla_jax.kernels import attention as kernels
-from flashlla_jax.mask import canonical_mask, without_unseen
+from flashlla_jax.mask import canonical_mask
+from flashlla_jax.sharding import by_shard
 
 Implementation = Literal["triton", "xla", "reference"]
 
@@ -50,7 +51,7 @@ def lla_attention(
     cg_rtol: float | None = ...,
     cg_max_iters: int | None = ...,
     cg_use_preconditioner: bool = ...,
-    precision: str | lax.Precision | None = ...,
+    precision: lax.PrecisionLike = ...,
     implementation: Implementation | None = ...,
     return_residuals: Literal[False] = ...,
 ) -> Output: ...
@@ -72,7 +73,7 @@ def lla_attention(
     cg_rtol: float | None = ...,
     cg_max_iters: int | None = ...,
     cg_use_preconditioner: bool = ...,
-    precision: str | lax.Precision | None = ...,
+    precision: lax.PrecisionLike = ...,
     implementation: Implementation | None = ...,
     return_residuals: Literal[True],
 ) -> tuple[Output, Residuals]: ...
@@ -93,7 +94,7 @@ def lla_attention(
     cg_rtol: float | None = None,
     cg_max_iters: int | None = None,
     cg_use_preconditioner: bool = False,
-    precision: str | lax.Precision | None = None,
+    precision: lax.PrecisionLike = None,
     implementation: Implementation | None = None,
     return_residuals: bool = False,
 ) -> Output | tuple[Output, Residuals]:
@@ -112,8 +113,9 @@ def lla_attention(
     ``ridge_lambda`` to infinity is softmax attention; ``qk_scale = 0`` is ridge regression with an intercept over the
     visible keys (MesaNet's limit).
 
-    Differentiable in ``query``, ``key``, ``value`` and ``ridge_lambda``, in reverse mode. Works under ``jax.jit``,
-    ``jax.vmap``, ``jax.checkpoint`` and ``jax.lax.scan``.
+    Differentiable in ``query``, ``key``, ``value`` and ``ridge_lambda``, in reverse mode; a second time too, but by
+    Triton. Works under ``jax.jit``, ``jax.vmap``, ``jax.checkpoint``, ``jax.lax.scan`` and ``jax.shard_map``. On a mesh
+    with explicit axes the arrays may be sharded along the batch and the heads; each device computes its own.
 
     Args:
         query: ``(B, S, D)``, or ``(B, T, N, H)`` with N heads. bfloat16, float16, float32 or float64.
@@ -139,8 +141,9 @@ def lla_attention(
             for the value that fits the dtype and ``precision`` (see README, Numerics).
         cg_max_iters: Most steps of a solve, >= 1; None for ``max(32, 4 D)``, a net under the stop.
         cg_use_preconditioner: Whether to precondition the solves with the diagonal of A (Jacobi).
-        precision: None, a ``jax.lax.Precision`` or its name. None is JAX's ``jax_default_matmul_precision`` where that
-            is set, else DEFAULT.
+        precision: None, a ``jax.lax.Precision`` or its name; of a pair the higher one counts, and a
+            ``jax.lax.DotAlgorithmPreset`` stands for the one that it comes nearest. None is JAX's
+            ``jax_default_matmul_precision`` where that is set, else DEFAULT.
         implementation: ``"triton"`` (fused kernels, NVIDIA GPU of compute capability 8.0 or more), ``"xla"`` (any
             platform, O(S D) memory), ``"reference"`` (dense, for tests), or None for the best that runs: Triton where
             it can serve the call, XLA elsewhere and with a mask. A named one is used or refused, never replaced.
@@ -153,7 +156,8 @@ def lla_attention(
     Raises:
         TypeError: An argument has the wrong type or dtype, or the dtypes of query, key and value differ.
         ValueError: A shape does not fit, or a number is out of range.
-        NotImplementedError: The named implementation cannot serve this call here.
+        NotImplementedError: The named implementation cannot serve this call here, or an array is sharded along its
+            length or its last axis, or the key/value heads do not divide among the devices.
     """
     is_causal = _check_flag("is_causal", is_causal)
     return_residuals = _check_flag("return_residuals", return_residuals)
@@ -176,9 +180,7 @@ def lla_attention(
     one_head = query.ndim == 3
     if one_head:
         query, key, value, ridge_lambda = (x[:, :, None] for x in (query, key, value, ridge_lambda))
-    if visible is not None:
-        key, value = without_unseen(query, key, value, visible, is_causal)
-    o, residuals = attend(query, key, value, ridge_lambda, options, visible)
+    o, residuals = by_shard(attend)(query, key, value, ridge_lambda, options, visible)
     if one_head:
         o, residuals = jax.tree.map(lambda x: x[:, :, 0], (o, residuals))
     return (o, lax.stop_gradient(residuals)) if return_residuals else o
@@ -199,7 +201,7 @@ def lla_attention_and_omega(
     mask: Mask | None = None,
     is_causal: bool = True,
     key_value_seq_lengths: Int[Array, " B"] | None = None,
-    precision: str | lax.Precision | None = None,
+    precision: lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> tuple[Output, Array]:
     """The explicit form, ``flashlla``'s ``LLAFunction.apply`` with its argument order: ``(o, omega)``.
@@ -340,7 +342,7 @@ def _check_ridge(ridge_lambda: Any, query: Array) -> Array:
     axes = "(B, S)" if query.ndim == 3 else "(B, T, N)"
     shape = np.shape(ridge_lambda)
     try:
-        broadcast = np.broadcast_shapes(shape, target)
+        broadcast = jnp.broadcast_shapes(shape, target)  # knows symbolic sizes (jax.export)
     except ValueError:
         broadcast = None
     if broadcast != target:
@@ -385,8 +387,8 @@ def _check_count(name: str, value: Any) -> int:
         count = None
     if count is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an int or None, got {value!r}")
-    if count < 1:
-        raise ValueError(f"{name} must be >= 1, got {count}")
+    if not 1 <= count < 2**31:
+        raise ValueError(f"{name} must be >= 1 and < 2**31, got {count}")
     return count
 
 
@@ -404,7 +406,23 @@ def _check_precision(precision: Any) -> lax.Precision:
         if precision is None:
             return lax.Precision.DEFAULT
     try:
-        return lax.Precision(precision)
+        if isinstance(precision, tuple):  # of the two operands
+            return max((_named_precision(p) for p in precision), key=lambda p: p.value)
+        return _named_precision(precision)
     except (ValueError, TypeError):
         names = ", ".join(repr(p.name.lower()) for p in lax.Precision)
-        raise ValueError(f"{source} must be None, a jax.lax.Precision or one of {names}, got {precision!r}") from None
+        raise ValueError(
+            f"{source} must be None, a jax.lax.Precision or one of {names}, a pair of these or a "
+            f"jax.lax.DotAlgorithmPreset, got {precision!r}"
+        ) from None
+
+
+def _named_precision(name: Any) -> lax.Precision:
+    """Of a ``jax.lax.Precision``, its name or alias, or the one that a ``jax.lax.DotAlgorithmPreset`` comes nearest."""
+    if isinstance(name, str) and name in lax.DotAlgorithmPreset.__members__:
+        name = lax.DotAlgorithmPreset[name]
+    if not isinstance(name, lax.DotAlgorithmPreset):
+        return lax.Precision(name)
+    if name.name.endswith(("_X6", "_X9")) or name.name in ("F32_F32_F32", "F64_F64_F64"):
+        return lax.Precision.HIGHEST
+    return lax.Precision.HIGH if name.name.endswith("_X3") else lax.Precision.DEFAULT

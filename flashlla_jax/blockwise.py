@@ -271,7 +271,7 @@ def _forward_block(
     v = keys.v
     k = keys.k - origin[None]
     blocks = _visible_blocks(queries, k)
-    strip = jnp.zeros((*k.shape[:2], q.shape[1], k.shape[2]), q.dtype)
+    strip = jnp.zeros_like(q, shape=(*k.shape[:2], q.shape[1], k.shape[2]))
 
     def logits_and_top(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         strip, top = carry
@@ -299,7 +299,7 @@ def _forward_block(
     a0 = 1 + jnp.sum(kbar * x, axis=-1) + solution.defect
     o = _add_up(
         blocks,
-        jnp.zeros((*q.shape[:2], v.shape[-1]), q.dtype),
+        jnp.zeros_like(q, shape=(*q.shape[:2], v.shape[-1])),
         lambda j: _rows_by_features(weights[j] * (a0[..., None] - _rows_by_keys(x, k[j], tol.dot)), v[j], tol.dot),
     )
     damping = total / (total + options.delta_eps * (1 + jnp.sum(m * x, axis=-1)))
@@ -317,7 +317,7 @@ def _backward_block(
     k = keys.k - origin[None]
     blocks = _visible_blocks(queries, k)
     g = g * saved.damping[..., None]
-    strip = jnp.zeros((*k.shape[:2], q.shape[1], k.shape[2]), q.dtype)
+    strip = jnp.zeros_like(q, shape=(*k.shape[:2], q.shape[1], k.shape[2]))
 
     def weights_and_gamma(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         weights, gamma, gbar = carry

@@ -80,7 +80,7 @@ def solve(
         p=p,
         rz=_dot(rhs, p),
         defect=jnp.zeros_like(rr),
-        iterations=jnp.zeros(rr.shape, jnp.int32),
+        iterations=jnp.zeros_like(rr, dtype=jnp.int32),
     )
 
     def unfinished(state: _State) -> Array:

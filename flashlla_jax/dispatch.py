@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 from flashlla_jax import blockwise
 from flashlla_jax.interface import Options, differentiable
 from flashlla_jax.kernels import attention as triton
+from flashlla_jax.sharding import varying_like
 
 # A program that is lowered for several platforms at once has every branch lowered for each of them. This holds a branch
 # that only CUDA can lower; on other platforms, where it is never taken, zeros stand for it.
@@ -45,11 +46,18 @@ def _batched(args: Any, axes: Any, *, jaxpr: ClosedJaxpr) -> Any:
     return _on_cuda_p.bind(*args, jaxpr=mapped), [0] * len(mapped.out_avals)
 
 
+def _refuse_derivative(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError(
+        "the gradient by Triton kernels cannot be differentiated again: use lla_attention(..., implementation='xla')"
+    )
+
+
 _on_cuda_p.def_impl(_run)
 _on_cuda_p.def_abstract_eval(lambda *_, jaxpr: jaxpr.out_avals)
 mlir.register_lowering(_on_cuda_p, _lowered(_run), platform="cuda")
 mlir.register_lowering(_on_cuda_p, _lowered(_stand_in))
 batching.primitive_batchers[_on_cuda_p] = _batched
+ad.primitive_jvps[_on_cuda_p] = _refuse_derivative
 
 
 def _on_cuda(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,7 +76,7 @@ def forward(query: Array, key: Array, value: Array, ridge_lambda: Array, options
     def elsewhere(*inputs: Array) -> tuple[Any, Any]:
         out, _ = blockwise.forward(*inputs, options=options)
         _, saved = jax.eval_shape(partial(triton.forward, options=options), *inputs)
-        return out, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), saved)
+        return out, varying_like(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), saved), inputs)
 
     on_cuda = _on_cuda(partial(triton.forward, options=options))
     return lax.platform_dependent(*inputs, cuda=on_cuda, default=elsewhere)

@@ -221,7 +221,8 @@ OPTIONS = [
     option("implementation", 1, ValueError, "'triton', 'xla', 'reference' or None", "got 1"),
     option("implementation", "triton", NotImplementedError, '"triton"', 'implementation="xla"'),
     option("precision", "exact", ValueError, "jax.lax.Precision", "'default', 'high', 'highest'", "got 'exact'"),
-    option("precision", ("high", "high"), ValueError, "'default', 'high', 'highest'", "got ('high', 'high')"),
+    option("precision", ("high", "exact"), ValueError, "'default', 'high', 'highest'", "got ('high', 'exact')"),
+    option("cg_max_iters", 2**31, ValueError, "cg_max_iters", "< 2**31", "got 2147483648"),
     option("precision", 7, ValueError, "'default', 'high', 'highest'", "got 7"),
 ]
 
@@ -353,10 +354,24 @@ class TestPrecision:
             lla_attention(**RANK_4, precision="default", implementation="xla")  # an explicit one wins
         assert given == [jax.lax.Precision(name), jax.lax.Precision.DEFAULT]
 
-    def test_an_unknown_default_is_named(self) -> None:
-        """JAX also takes the names of dot algorithms there, which are no ``jax.lax.Precision``."""
-        with (
-            jax.default_matmul_precision("BF16_BF16_F32_X3"),
-            pytest.raises(ValueError, match=r"^jax_default_matmul_precision must be .* got 'BF16_BF16_F32_X3'"),
-        ):
-            lla_attention(**RANK_3)
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("F32_F32_F32", "highest"),
+            ("BF16_BF16_F32_X9", "highest"),
+            ("BF16_BF16_F32_X3", "high"),
+            ("TF32_TF32_F32", "default"),
+        ],
+    )
+    def test_dot_algorithms_are_the_nearest_precision(
+        self, given: list[jax.lax.Precision], name: str, expected: str
+    ) -> None:
+        """JAX takes them for its default, and a ``PrecisionLike`` may be one."""
+        with jax.default_matmul_precision(name):
+            lla_attention(**RANK_4, implementation="xla")
+        lla_attention(**RANK_4, precision=jax.lax.DotAlgorithmPreset[name], implementation="xla")
+        assert given == [jax.lax.Precision(expected)] * 2
+
+    def test_of_a_pair_the_higher_one_counts(self, given: list[jax.lax.Precision]) -> None:
+        lla_attention(**RANK_4, precision=("default", jax.lax.Precision.HIGH), implementation="xla")
+        assert given == [jax.lax.Precision.HIGH]

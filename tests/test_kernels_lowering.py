@@ -11,8 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from flashlla_jax import blockwise, dispatch
+import flashlla_jax.attention
+from flashlla_jax import blockwise, dispatch, lla_attention
+from flashlla_jax.attention import Implementation
 from flashlla_jax.interface import Options
 from flashlla_jax.kernels import attention
 from tests.cases import Shape, draw
@@ -108,6 +112,45 @@ def test_one_program_lowers_to_the_kernels_on_cuda_and_to_none_elsewhere() -> No
 def test_the_choice_can_be_mapped() -> None:
     args = [jax.ShapeDtypeStruct((5, *x.shape), x.dtype) for x in arguments(SMALL, "bfloat16")]
     assert kernels(jax.vmap(choice), *args) == 3
+
+
+@pytest.mark.parametrize("implementation", ["triton", None])
+@pytest.mark.parametrize("explicit", [True, False], ids=["explicit mesh", "shard_map"])
+def test_every_device_launches_its_own(
+    implementation: Implementation | None, explicit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flashlla_jax.attention, "_no_triton", lambda: None)
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,), devices=jax.devices("cpu")[:2])
+
+    def attend(*args: jax.Array) -> jax.Array:
+        return lla_attention(*args[:3], ridge_lambda=args[3], implementation=implementation)
+
+    f = attend if explicit else jax.shard_map(attend, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+
+    def run(*args: jax.Array) -> Any:
+        o, vjp = jax.vjp(f, *args)
+        return vjp(o)
+
+    sharding = NamedSharding(mesh, P("x")) if explicit else None
+    args = [jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype, sharding=sharding) for x in arguments(SMALL, "bfloat16")]
+    text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@triton_kernel_call") == 3
+    assert "all_gather" not in text
+
+
+def test_second_derivatives_are_refused() -> None:
+    def gradient(*args: jax.Array) -> Any:
+        return choice(*args)[-1]
+
+    args = arguments(SMALL, "bfloat16")
+    with pytest.raises(NotImplementedError, match=r"implementation='xla'"):
+        jax.jit(lambda *x: jax.jvp(gradient, x, x)).trace(*args)
+
+
+def test_an_empty_axis_can_be_mapped() -> None:
+    args = [jax.ShapeDtypeStruct((0, *x.shape), x.dtype) for x in arguments(SMALL, "float32")]
+    assert kernels(jax.vmap(gradients(SMALL)), *args) == 3
 
 
 def test_where_there_is_no_gpu_the_choice_is_the_xla_path() -> None:

@@ -215,12 +215,14 @@ def _folding(f: Any) -> Any:
 
     @folded.def_vmap
     def rule(axis_size: int, in_batched: Any, *args: Any) -> tuple[Any, Any]:
+        batch = args[0].shape[1 if in_batched[0] else 0]
+
         def fold(x: Array, batched: bool) -> Array:
             x = x if batched else jnp.broadcast_to(x[None], (axis_size, *x.shape))
             return x.reshape(-1, *x.shape[2:])
 
         def unfold(x: Array) -> Array:
-            return x.reshape(axis_size, -1, *x.shape[1:])
+            return x.reshape(axis_size, batch, *x.shape[1:])
 
         out = folded(*jax.tree.map(fold, args, tuple(in_batched)))
         out = jax.tree.map(unfold, out)

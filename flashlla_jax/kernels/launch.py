@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from flashlla_jax.sharding import varying_like
+
 
 class Launch(NamedTuple):
     """Queries and keys per tile, warps per program, and depth of the software pipeline."""
@@ -73,17 +75,16 @@ def call(
         if tuple(map(int, jt.__version__.split(".")[:2])) < (0, 4)
         else {"out_type": out_shapes}
     )
-    return tuple(
-        jt.triton_call(
-            *arrays,
-            *lengths,
-            kernel=kernel,
-            grid=(grid,),
-            num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
-            BM=shape.BM,
-            BN=shape.BN,
-            **out,
-            **constants,
-        )
+    results = jt.triton_call(
+        *arrays,
+        *lengths,
+        kernel=kernel,
+        grid=(grid,),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+        BM=shape.BM,
+        BN=shape.BN,
+        **out,
+        **constants,
     )
+    return varying_like(tuple(results), arrays)

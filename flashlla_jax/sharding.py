@@ -1,0 +1,124 @@
+"""Calls on several devices: each computes the batch entries and heads that it holds, and none needs another's.
+
+Inside ``jax.shard_map`` that is so by itself; JAX then wants to know of every array over which mesh axes it varies. On
+a mesh with explicit axes the call goes through ``jax.shard_map``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from flashlla_jax.interface import Options
+from flashlla_jax.mask import without_unseen
+
+_Tree = TypeVar("_Tree")
+
+
+def varying_like(tree: _Tree, like: Any) -> _Tree:
+    """Inside ``jax.shard_map``: the arrays of ``tree``, varying over the mesh axes that any array of ``like`` does."""
+    axes = {axis for x in jax.tree.leaves(like) for axis in _varying(x)}
+
+    def vary(x: Array) -> Array:
+        missing = tuple(sorted(axes - _varying(x)))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree)
+
+
+def _varying(x: Any) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _attend(
+    attend: Callable[..., Any], query: Array, key: Array, value: Array, lam: Array, options: Options, mask: Array | None
+) -> Any:
+    if mask is not None:
+        key, value = without_unseen(query, key, value, mask, options.is_causal)
+    given = (query, key, value, lam) if mask is None else (query, key, value, lam, mask)
+    query, key, value, lam, *masks = varying_like(given, given)
+    return attend(query, key, value, lam, options, *(masks or (None,)))
+
+
+class _Axes(NamedTuple):
+    """The mesh axes over which the batch and the heads lie."""
+
+    batch: Any
+    heads: Any
+
+
+def by_shard(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """``attend`` of the canonical call, run where the arrays lie if a mesh with explicit axes says where."""
+
+    def call(query: Array, key: Array, value: Array, lam: Array, options: Options, mask: Array | None) -> Any:
+        arrays = {"query": query, "key": key, "value": value}
+        mesh, axes = _placed(arrays)
+        if mesh is None:
+            return _attend(attend, query, key, value, lam, options, mask)
+        shards = _size(mesh, axes.heads)
+        if key.shape[2] % shards:
+            raise NotImplementedError(
+                f"the key/value heads must divide evenly among the {shards} shards of mesh axis {axes.heads!r}, got "
+                f"{key.shape[2]}; repeat them, or shard the batch instead"
+            )
+        over = () if mask is None else tuple(n > 1 for n in mask.shape[:2])
+        return _sharded(attend, options, mesh, axes, over)(query, key, value, lam, mask)
+
+    return call
+
+
+def _placed(arrays: dict[str, Array]) -> tuple[Any, _Axes]:
+    """The mesh with explicit axes that some array lies on, if any, and the axes of batch and heads."""
+    found: dict[int, Any] = {}
+    mesh = None
+    for name, x in arrays.items():
+        sharding = jax.typeof(x).sharding
+        for i, axis in enumerate(sharding.spec):
+            if axis is None:
+                continue
+            if i not in (0, 2):
+                what = "length" if i == 1 else "head dimension"
+                raise NotImplementedError(
+                    f"{name} is sharded along its {what} (mesh axis {axis!r}); only the batch and the heads may be: "
+                    "use jax.sharding.reshard before the call"
+                )
+            mesh = sharding.mesh
+            found.setdefault(i, axis)
+    return mesh, _Axes(found.get(0), found.get(2))
+
+
+def _size(mesh: Any, axes: Any) -> int:
+    size = 1
+    for axis in axes if isinstance(axes, tuple) else (axes,) if axes is not None else ():
+        size *= mesh.shape[axis]
+    return size
+
+
+@cache
+def _sharded(
+    attend: Callable[..., Any], options: Options, mesh: Any, axes: _Axes, mask_over: tuple[bool, ...]
+) -> Callable[..., Any]:
+    rows = P(axes.batch, None, axes.heads)
+    wide = P(axes.batch, None, axes.heads, None)
+    specs: tuple[Any, ...] = (wide, wide, wide, rows)
+    if mask_over:
+        specs += (P(*(axis if over else None for axis, over in zip(axes, mask_over, strict=True)), None, None),)
+
+    def local(query: Array, key: Array, value: Array, lam: Array, mask: Array | None = None) -> Any:
+        return _attend(attend, query, key, value, lam, options, mask)
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(wide, rows))
+
+    @jax.jit
+    def call(query: Array, key: Array, value: Array, lam: Array, mask: Array | None) -> Any:
+        given = (query, key, value, lam) if mask is None else (query, key, value, lam, mask)
+        return run(*(jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(given, specs, strict=True)))
+
+    return call

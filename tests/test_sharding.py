@@ -1,0 +1,132 @@
+"""Calls on two devices: inside ``jax.shard_map``, on a mesh with explicit axes, and on one whose axes JAX places."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flashlla_jax import lla_attention
+from flashlla_jax.attention import Implementation
+from tests.cases import Shape, draw
+
+SHAPE = Shape(batch=2, queries=12, keys=20, heads=4, kv_heads=2, dim=8, value_dim=12)
+BATCH, HEADS = P("x"), P(None, None, "x")
+LENGTHS = jnp.array([20, 13])
+PADDED = jnp.arange(20)[None, None, None] < LENGTHS[:, None, None, None]
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "full": {"is_causal": False, "ridge_lambda": jnp.array([0.5, 1.0, 2.0, 4.0])},
+    "jacobi": {"cg_use_preconditioner": True},
+    "mask": {"mask": PADDED},
+    "lengths": {"key_value_seq_lengths": LENGTHS},
+}
+
+
+def mesh(kind: AxisType) -> Mesh:
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices")
+    return jax.make_mesh((2,), ("x",), axis_types=(kind,), devices=jax.devices()[:2])
+
+
+def arrays() -> tuple[jax.Array, jax.Array, jax.Array]:
+    return draw(SHAPE, "float32")[:3]
+
+
+def loss(o: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.sin(o))
+
+
+def assert_alike(got: Any, expected: Any) -> None:
+    # the same operations on other tiles' worth of rows: float32 sums in another order
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=2e-5)
+
+
+def value_and_gradients(attend: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+    o = attend(q, k, v)
+    return o, jax.grad(lambda *qkv: loss(attend(*qkv)), argnums=(0, 1, 2))(q, k, v)
+
+
+@pytest.mark.parametrize("spec", [BATCH, HEADS], ids=["batch", "heads"])
+@pytest.mark.parametrize(
+    ("case", "implementation", "jit"),
+    [*((case, "xla", True) for case in CASES), ("mask", "reference", True), ("full", "xla", False)],
+)
+def test_explicit_mesh(case: str, spec: P, implementation: Implementation, jit: bool) -> None:
+    """The output lies as the query does, and no argument but the arrays has to be placed."""
+
+    def attend(*qkv: jax.Array) -> jax.Array:
+        return lla_attention(*qkv, implementation=implementation, **CASES[case])
+
+    q, k, v = arrays()
+    on = mesh(AxisType.Explicit)
+    placed = [jax.device_put(x, NamedSharding(on, spec)) for x in (q, k, v)]
+    with jax.set_mesh(on) if not jit else contextlib.nullcontext():  # JAX's own eager gradients ask for it
+        run = jax.jit(lambda *qkv: value_and_gradients(attend, *qkv)) if jit else partial(value_and_gradients, attend)
+        o, gradients = run(*placed)
+    for x, like in zip((o, *gradients), (placed[0], *placed), strict=True):
+        assert jax.typeof(x).sharding.spec == jax.typeof(like).sharding.spec
+    assert_alike((o, gradients), value_and_gradients(attend, q, k, v))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("spec", [BATCH, HEADS], ids=["batch", "heads"])
+@pytest.mark.parametrize("case", ["plain", "jacobi"])
+def test_shard_map(case: str, spec: P, check_vma: bool) -> None:
+    def attend(*qkv: jax.Array) -> jax.Array:
+        return lla_attention(*qkv, implementation="xla", **CASES[case])
+
+    sharded = jax.shard_map(attend, mesh=mesh(AxisType.Auto), in_specs=(spec,) * 3, out_specs=spec, check_vma=check_vma)
+    q, k, v = arrays()
+    got = jax.jit(lambda *qkv: value_and_gradients(sharded, *qkv))(q, k, v)
+    assert_alike(got, value_and_gradients(attend, q, k, v))
+
+
+def test_shard_map_with_replicated_keys_and_ridge() -> None:
+    """What only some arguments vary over: the gradients of the others are summed over the devices."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, lam: jax.Array) -> jax.Array:
+        return lla_attention(q, k, v, ridge_lambda=lam, is_causal=False, implementation="xla")
+
+    sharded = jax.shard_map(
+        attend, mesh=mesh(AxisType.Auto), in_specs=(P(None, "x"), P(), P(), P()), out_specs=P(None, "x")
+    )
+    args = (*arrays(), jnp.array(0.7))
+    got, expected = (jax.grad(lambda *a, f=f: loss(f(*a)), argnums=(0, 1, 2, 3))(*args) for f in (sharded, attend))
+    assert_alike(got, expected)
+
+
+@pytest.mark.parametrize("spec", [BATCH, HEADS, P(None, "x"), P(None, None, None, "x")], ids=str)
+def test_automatic_mesh(spec: P) -> None:
+    def attend(*qkv: jax.Array) -> jax.Array:
+        return lla_attention(*qkv, implementation="xla")
+
+    q, k, v = arrays()
+    placed = [jax.device_put(x, NamedSharding(mesh(AxisType.Auto), spec)) for x in (q, k, v)]
+    run = jax.jit(lambda *qkv: value_and_gradients(attend, *qkv))
+    assert_alike(run(*placed), value_and_gradients(attend, q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [(P(None, "x"), r"query is sharded along its length \(mesh axis 'x'\)"), (P(None, None, None, "x"), "dimension")],
+)
+def test_refusals(spec: P, message: str) -> None:
+    q, k, v = (jax.device_put(x, NamedSharding(mesh(AxisType.Explicit), spec)) for x in arrays())
+    with pytest.raises(NotImplementedError, match=message):
+        lla_attention(q, k, v)
+
+
+def test_too_few_key_heads() -> None:
+    q, k, v = arrays()
+    placed = jax.device_put(q, NamedSharding(mesh(AxisType.Explicit), HEADS))
+    with pytest.raises(NotImplementedError, match=r"key/value heads must divide evenly among the 2 shards .* got 1"):
+        lla_attention(placed, k[:, :, :1], v[:, :, :1])
