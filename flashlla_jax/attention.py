@@ -138,7 +138,8 @@ def lla_attention(
             under differentiation. >= 0.
         cg_atol: Floor of the squared right-hand side in the stop below. >= 0; None for 0, a purely relative stop.
         cg_rtol: A query's conjugate-gradient solve stops when ``|r|^2 <= cg_rtol * max(cg_atol, |r0|^2)``. >= 0; None
-            for the value that fits the dtype and ``precision`` (see README, Numerics).
+            for the value that fits the dtype and ``precision`` (see README, Numerics). Below eps^4, 2e-28 for float32,
+            it counts as that: no x gets better, and rounding would lead the steps astray.
         cg_max_iters: Most steps of a solve, >= 1; None for ``max(32, 4 D)``, a net under the stop.
         cg_use_preconditioner: Whether to precondition the solves with the diagonal of A (Jacobi).
         precision: None, a ``jax.lax.Precision`` or its name; of a pair the higher one counts, and a
@@ -169,7 +170,7 @@ def lla_attention(
         qk_scale=dim**-0.5 if qk_scale is None else _check_number("qk_scale", qk_scale, minimum=-math.inf),
         delta_eps=_check_number("delta_eps", delta_eps),
         cg_atol=None if cg_atol is None else _check_number("cg_atol", cg_atol),
-        cg_rtol=None if cg_rtol is None else _check_number("cg_rtol", cg_rtol),
+        cg_rtol=None if cg_rtol is None else max(_check_number("cg_rtol", cg_rtol), _least_rtol(query)),
         cg_max_iters=_default_max_iters(query) if cg_max_iters is None else _check_count("cg_max_iters", cg_max_iters),
         cg_use_preconditioner=_check_flag("cg_use_preconditioner", cg_use_preconditioner),
         precision=_check_precision(precision),
@@ -357,6 +358,11 @@ def _default_max_iters(query: Array) -> int:
     """In exact arithmetic D steps are enough. Rounding costs more: up to 3 D were seen in float64, more than 2 D in
     bfloat16 (peaky keys, ridge 0.01)."""
     return max(32, 4 * query.shape[-1])
+
+
+def _least_rtol(query: Array) -> float:
+    """|r| = eps^2 |r0|: x has long been as good as it gets, and of what is left the solver would make steps astray."""
+    return float(jnp.finfo(accumulation_dtype(query.dtype)).eps) ** 4
 
 
 def _is_number(value: Any) -> bool:
