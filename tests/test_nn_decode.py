@@ -241,6 +241,95 @@ class TestStep:
         assert bool(jnp.isfinite(o[:, :, 3]).all())
 
 
+class TestGradient:
+    """In float64, through a cache that holds NaN wherever nothing is written, against the full causal forward's."""
+
+    # The full forward's solves stop at |r| = 1e-12 |r0|, which the condition of A, about 100 at most here, multiplies.
+    BOUND = 1e-10
+
+    @pytest.mark.parametrize(
+        ("scan", "cuts"),
+        [(True, (0, 1, 2, 3, 4)), (False, (0, 10, 11, 12)), (False, (0, 3, 13))],
+        ids=["one by one in a scan", "ten, one, one", "three, ten"],
+    )
+    def test_of_a_module(self, scan: bool, cuts: tuple[int, ...], flax_promotes: None) -> None:
+        """Of tokens and parameters, from the cache of earlier tokens too."""
+        layer = module(rope=100.0, learn_ridge=True, num_kv_heads=2, param_dtype=jnp.float64)
+        layer.init_cache((2, CAPACITY, FEATURES), jnp.float64)
+        for cached in (layer.cached_key, layer.cached_value):
+            cached[...] = jnp.full_like(cached[...], jnp.nan)
+        graph, parameters, cache = nnx.split(layer, nnx.Param, nnx.Cache)
+        x = inputs(2, cuts[-1], FEATURES, dtype=jnp.float64)
+
+        def append(parameters: Any, cache: Any, x: jax.Array) -> Any:
+            layer = nnx.merge(graph, parameters, cache, copy=True)  # whose variables belong to this trace
+            o = layer(x, decode=True)
+            return nnx.state(layer, nnx.Cache), o
+
+        def decoded(parameters: Any, x: jax.Array, cache: Any) -> jax.Array:
+            if scan:
+                tokens = jnp.moveaxis(x, 1, 0)[:, :, None]
+                o = jax.lax.scan(partial(append, parameters), cache, tokens)[1]
+                return jnp.sum(jnp.sin(o))
+            outputs = []
+            for a, b in itertools.pairwise(cuts):
+                cache, o = append(parameters, cache, x[:, a:b])
+                outputs.append(o)
+            return jnp.sum(jnp.sin(jnp.concatenate(outputs, axis=1)))
+
+        def full(parameters: Any, x: jax.Array, cache: Any) -> jax.Array:
+            return jnp.sum(jnp.sin(nnx.merge(graph, parameters, cache)(x, decode=False)))
+
+        got, expected = (jax.jit(jax.grad(f, argnums=(0, 1)))(parameters, x, cache) for f in (decoded, full))
+        errors = jax.tree.map(partial(relative_error, floor=1e-3), got, expected)
+        assert max(jax.tree.leaves(errors)) <= self.BOUND
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_of_the_step(self, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of every argument, over many blocks; by a mask, one token sees nothing and one key is seen by none."""
+        monkeypatch.setattr(decode_module, "_BLOCK_SIZE", 600)  # of three keys
+        filled, capacity = 20, 29
+        q, k, v, g = draw(Shape(2, 3, capacity, 4, 2, 8, 6), "float64")
+        mask = None
+        if masked:
+            mask = jnp.asarray(np.random.default_rng(0).random((2, 4, 3, capacity)) < 0.6)
+            mask = mask.at[1, :, 2].set(False).at[0, ..., 7].set(False)
+        ridge = jnp.asarray([0.1, 0.3, 1.0, 3.0])
+        unseen = jnp.zeros((2, capacity, 1, 1), bool).at[:, filled:].set(True).at[0, 7].set(masked)
+        k, v = (jnp.where(unseen, jnp.nan, a) for a in (k, v))
+
+        def step(q: Any, k: Any, v: Any, ridge: Any) -> Any:
+            return jnp.vdot(g, decode_step(q, k, v, ridge, jnp.int32(filled - 3), qk_scale=0.4, mask=mask))
+
+        def dense(q: Any, k: Any, v: Any, ridge: Any) -> Any:
+            k, v = (jnp.where(unseen, 0, a)[:, :filled] for a in (k, v))
+            seen = None if mask is None else mask[..., :filled]
+            o = lla_attention(q, k, v, ridge_lambda=ridge, qk_scale=0.4, mask=seen, implementation="reference")
+            return jnp.vdot(g, o)
+
+        got, expected = (jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))(q, k, v, ridge) for f in (step, dense))
+        for a, b in zip(got, expected, strict=True):
+            assert relative_error(a, b) <= self.BOUND
+        for a in got[1:3]:
+            np.testing.assert_array_equal(jnp.where(unseen, a, 0), 0)
+
+    def test_of_a_cache_per_example(self) -> None:
+        """Under vmap over the position, where the block loop's end is not one number."""
+        q, k, v, _ = draw(Shape(2, 1, 9, 1, 1, 4, 4), "float64")
+        index = jnp.asarray([3, 8], jnp.int32)
+        k, v = (a.at[0, 4:].set(jnp.nan) for a in (k, v))
+
+        def step(q: Any, k: Any, v: Any, index: Any) -> Any:
+            o = decode_step(q[None], k[None], v[None], jnp.ones(1), index, qk_scale=0.4)
+            return jnp.sum(jnp.sin(o))
+
+        gradient = jax.grad(step, argnums=(0, 1, 2))
+        got = jax.jit(jax.vmap(gradient))(q, k, v, index)
+        for i in range(2):
+            alone = jax.jit(gradient)(q[i], k[i], v[i], index[i])
+            assert all(relative_error(a[i], b) <= self.BOUND for a, b in zip(got, alone, strict=True))
+
+
 def test_other_widths_of_the_cache() -> None:
     """A float32 cache under a bfloat16 module, Flax's default, and a bfloat16 cache under a float32 one."""
     x = inputs(2, 4, FEATURES)

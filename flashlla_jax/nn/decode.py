@@ -16,7 +16,8 @@ E[k]E[k]`` where a few keys hold the weight.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,26 +52,65 @@ def decode_step(
     """Attention of T new tokens, the first at position ``index``, over a cache that already holds them.
 
     Token t sees the positions up to ``index + t``, less what ``mask`` hides; a query that sees none gives zero. What no
-    query sees is never used, even where it is NaN. The cache is widened block by block, never as a whole; all
-    arithmetic is in the accumulation dtype (float32; float64 for float64).
+    query sees is never used, even where it is NaN, and gets a gradient of zero. The cache is widened block by block,
+    never as a whole; all arithmetic is in the accumulation dtype (float32; float64 for float64). Differentiable in
+    reverse mode in ``query``, ``key``, ``value`` and ``ridge_lambda``.
 
     Returns:
         The output in the accumulation dtype. NaN where the ridge is not positive.
     """
     batch, tokens, heads, dim = query.shape
-    capacity, kv_heads, value_dim = value.shape[1:]
-    group = heads // kv_heads
-    rows = tokens * group
+    kv_heads = key.shape[2]
     dtype = accumulation_dtype(query.dtype)
-    block = max(1, min(capacity, _BLOCK_SIZE // (batch * kv_heads * rows * (dim + value_dim))))
-
-    def by_row(x: Array) -> Array:
-        """(B, N, T, ...) -> (B, K, R, ...)."""
-        return x.reshape(batch, kv_heads, rows, *x.shape[3:])
-
-    q = by_row(jnp.moveaxis(query, 1, 2).astype(dtype))
+    query = query.astype(dtype)
     lam = usable_ridge(ridge_lambda.astype(dtype)).reshape(1, heads, 1)
-    lam = by_row(jnp.broadcast_to(lam, (batch, heads, tokens)))
+    lam = _by_row(jnp.broadcast_to(lam, (batch, heads, tokens)), kv_heads)
+
+    moments = _moments(qk_scale, query, key, value, index, mask)
+    eye = jnp.eye(dim, dtype=dtype).reshape(1, 1, 1, dim, dim)
+    factor = jnp.linalg.cholesky(moments.covariance[..., :dim] + lam[..., None, None] * eye)
+    m = _by_row(jnp.moveaxis(query, 1, 2), kv_heads) - moments.mean[..., :dim]
+    x = jax.scipy.linalg.cho_solve((factor, True), m[..., None])[..., 0]
+    o = moments.mean[..., dim:] + jnp.einsum("bkrd,bkrde->bkre", x, moments.covariance[..., dim:], precision="highest")
+    return jnp.moveaxis(o.reshape(batch, heads, tokens, value.shape[-1]), 1, 2)
+
+
+def _by_row(x: Array, kv_heads: int) -> Array:
+    """(B, N, T, ...) -> (B, K, R, ...)."""
+    batch, heads, tokens, *rest = x.shape
+    return x.reshape(batch, kv_heads, heads // kv_heads * tokens, *rest)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _moments(qk_scale: float, query: Array, key: Array, value: Array, index: Array, mask: Array | None) -> _Moments:
+    """The statistics of what each query sees, by a loop that ends with the filled part of the cache."""
+    return _accumulate(qk_scale, query, key, value, index, mask, reversible=False)
+
+
+def _moments_fwd(qk_scale: float, *arguments: Any) -> tuple[_Moments, tuple[Any, ...]]:
+    return _moments(qk_scale, *arguments), arguments
+
+
+def _moments_bwd(qk_scale: float, arguments: tuple[Any, ...], cotangents: _Moments) -> tuple[Any, ...]:
+    query, key, value, index, mask = arguments
+    loop = partial(_accumulate, qk_scale, index=index, mask=mask, reversible=True)
+    return *jax.vjp(loop, query, key, value)[1](cotangents), None, None
+
+
+_moments.defvjp(_moments_fwd, _moments_bwd)
+
+
+def _accumulate(
+    qk_scale: float, query: Array, key: Array, value: Array, index: Array, mask: Array | None, *, reversible: bool
+) -> _Moments:
+    """``_moments`` by a loop of unknown length, or by a longer one that JAX can reverse."""
+    batch, tokens, heads, dim = query.shape
+    capacity, kv_heads, value_dim = value.shape[1:]
+    rows = tokens * (heads // kv_heads)
+    dtype = query.dtype
+    numbers_per_key = batch * kv_heads * rows * (dim + value_dim)
+    block = max(1, min(capacity, _BLOCK_SIZE // max(1, numbers_per_key)))  # an empty batch has no numbers
+    q = _by_row(jnp.moveaxis(query, 1, 2), kv_heads)
     last = index + jnp.arange(tokens, dtype=jnp.int32)  # the last position that each token sees
 
     def load(j: Array) -> tuple[Array, Array]:
@@ -82,19 +122,20 @@ def decode_step(
         if mask is not None:
             part = mask if mask.shape[3] == 1 else lax.dynamic_slice_in_dim(mask, start, block, axis=3)
             seen = seen & part
-        seen = by_row(seen)
+        seen = _by_row(seen, kv_heads)
         pair = [lax.dynamic_slice_in_dim(x, start, block, axis=1).astype(dtype) for x in (key, value)]
         kv = jnp.moveaxis(jnp.concatenate(pair, axis=-1), 1, 2)
         return seen, jnp.where(jnp.any(seen, axis=2)[..., None], kv, 0)
 
-    # Logits relative to the first key: a common offset of the keys then costs them no digits.
-    origin = load(jnp.int32(0))[1][:, :, :1, :dim]
+    # Logits relative to the first key: a common offset of the keys then costs them no digits. The result does not
+    # depend on it, nor on the largest logit below: neither has a gradient.
+    origin = lax.stop_gradient(load(jnp.int32(0))[1][:, :, :1, :dim])
 
     def merge(j: Array, so_far: _Moments) -> _Moments:
         seen, kv = load(j)
         logits = qk_scale * jnp.einsum("bkrd,bkcd->bkrc", q, kv[..., :dim] - origin, precision="highest")
         logits = jnp.where(seen, logits, -jnp.inf)
-        top = jnp.maximum(so_far.top, jnp.max(logits, axis=-1))
+        top = jnp.maximum(so_far.top, jnp.max(lax.stop_gradient(logits), axis=-1))
         shift = jnp.where(top == -jnp.inf, 0, top)  # nothing seen so far: every weight is exp(-inf) = 0
         w = jnp.exp(logits - shift[..., None])
         omega_here = jnp.sum(w, axis=-1)
@@ -117,17 +158,20 @@ def decode_step(
         )
 
     shape = (batch, kv_heads, rows)
-    moments = _Moments(
+    start = _Moments(
         jnp.full(shape, -jnp.inf, dtype),
         jnp.zeros(shape, dtype),
         jnp.zeros((*shape, dim + value_dim), dtype),
         jnp.zeros((*shape, dim, dim + value_dim), dtype),
     )
-    blocks = jnp.minimum((index + tokens + block - 1) // block, math.ceil(capacity / block))
-    moments = lax.fori_loop(0, blocks, merge, moments)
+    most = math.ceil(capacity / block)
+    blocks = jnp.minimum((index + tokens + block - 1) // block, most)
+    if not reversible:
+        return lax.fori_loop(0, blocks, merge, start)
 
-    eye = jnp.eye(dim, dtype=dtype).reshape(1, 1, 1, dim, dim)
-    factor = jnp.linalg.cholesky(moments.covariance[..., :dim] + lam[..., None, None] * eye)
-    x = jax.scipy.linalg.cho_solve((factor, True), (q - moments.mean[..., :dim])[..., None])[..., 0]
-    o = moments.mean[..., dim:] + jnp.einsum("bkrd,bkrde->bkre", x, moments.covariance[..., dim:], precision="highest")
-    return jnp.moveaxis(o.reshape(batch, heads, tokens, value_dim), 1, 2)
+    # Over all blocks, those beyond the filled ones as they are. Only the statistics before each block are kept.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def step(so_far: _Moments, j: Array) -> tuple[_Moments, None]:
+        return lax.cond(j < blocks, merge, lambda _, same: same, j, so_far), None
+
+    return lax.scan(step, start, jnp.arange(most, dtype=jnp.int32))[0]
