@@ -174,6 +174,8 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="call init_cache first"):
         layer(x, decode=True)
     layer.init_cache((2, 5, FEATURES))
+    with pytest.raises(ValueError, match=r"decode=True needs one token at least, got a query of shape \(2, 0, 4, 4\)"):
+        layer(x[:, :0], decode=True)
     with pytest.raises(ValueError, match="decode=True needs is_causal=True"):
         layer(x, decode=True, is_causal=False)
     with pytest.raises(ValueError, match=r"must have keys and values of shape \(2, 1, 4, 4\)"):
@@ -239,6 +241,14 @@ class TestStep:
         o = jit_step(0)(q, k, v, jnp.asarray([0.0, -1.0, jnp.nan, 1.0]), jnp.int32(4))
         assert bool(jnp.isnan(o[:, :, :3]).all())
         assert bool(jnp.isfinite(o[:, :, 3]).all())
+
+
+@pytest.mark.parametrize("tokens", [1, 10])
+def test_an_empty_batch(tokens: int) -> None:
+    layer, x = module(), inputs(2, tokens, FEATURES)[:0]
+    layer.init_cache((0, 12, FEATURES))
+    assert step(layer, x).shape == x.shape
+    assert step(layer, x[:, :1], mask=np.ones((0, 1, 1, 12), bool)).shape == (0, 1, FEATURES)
 
 
 class TestGradient:

@@ -310,6 +310,11 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"ridge_lambda": "1"}, TypeError, "ridge_lambda must be a Python number, got str"),
     ({"ridge_lambda": 0.01, "learn_ridge": True}, ValueError, r"ridge_lambda must be > 0.01, got 0.01"),
     ({"ridge_floor": 0.0, "learn_ridge": True}, ValueError, "ridge_floor must be finite and > 0, got 0.0"),
+    ({"implementation": "cuda"}, ValueError, r"implementation must be one of 'triton', .* or None, got 'cuda'"),
+    ({"cg_max_iters": 0}, ValueError, "cg_max_iters must be >= 1, got 0"),
+    ({"cg_max_iters": 1.5}, TypeError, "cg_max_iters must be an int or None, got 1.5"),
+    ({"is_causal": "no"}, TypeError, "is_causal must be True or False, got 'no'"),
+    ({"learn_ridge": 1}, TypeError, "learn_ridge must be True or False, got 1"),
     ({"rope": -1.0}, ValueError, "rope must be None or the base"),
     ({"rope": 100.0, "qkv_features": 12}, ValueError, "even head dimension, got 3"),
     ({"num_kv_heads": 3}, ValueError, "num_kv_heads|divisible"),
@@ -326,6 +331,11 @@ CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"mask must broadcast to .* = \(2, 4, 9, 9\), got shape \(2, 3, 9, 9\)",
     ),
     ({"inputs_v": np.ones((2, 9, FEATURES))}, ValueError, "inputs_v needs inputs_k"),
+    (
+        {"inputs_k": np.ones(FEATURES)},
+        ValueError,
+        r"inputs_k must be \[batch..., length, features\], got shape \(16,\)",
+    ),
 ]
 
 
@@ -360,7 +370,25 @@ class TestRefusals:
             layer(inputs(), mask=np.ones((9, 9), bool))
 
 
+@pytest.mark.parametrize("ridge", [1, np.float32(1), np.int64(1)], ids=lambda ridge: type(ridge).__name__)
+def test_a_ridge_of_any_number_type(ridge: Any) -> None:
+    layer, x = module(ridge_lambda=ridge), inputs()
+    expected = call(module(ridge_lambda=1.0), x)
+    np.testing.assert_array_equal(call(layer, x), expected)
+    twin = LinenLLAttention(4, ridge_lambda=ridge)
+    assert relative_error(jax.jit(twin.apply)({"params": linen_parameters(layer)}, x), expected) <= SAME
+
+
+def test_dropout_that_is_switched_on_later_is_refused() -> None:
+    layer = module()
+    layer.set_attributes(dropout_rate=0.5, deterministic=False)
+    with pytest.raises(NotImplementedError, match=r"dropout_rate must be 0, got 0.5"):
+        layer(inputs())
+
+
 def test_refusals_of_one_module() -> None:
+    with pytest.raises(ValueError, match=r"inputs_q must be \[batch..., length, features\], got shape \(16,\)"):
+        module()(inputs(FEATURES))
     with pytest.raises(ValueError, match=r"inputs_q must have 16 features, got shape \(2, 9, 5\)"):
         module()(inputs(2, 9, 5))
     with pytest.raises(ValueError, match="inputs_k must have 6 features"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,7 @@ class Settings:
 
     def check(self, head_dim: int) -> None:
         """Refuse, when a module is built, what would only fail in its first call."""
+        check_operator(self.cg_max_iters, self.implementation)
         if isinstance(self.rope, bool) or (self.rope is not None and not self.rope > 0):
             raise ValueError(f"rope must be None or the base of the rotary embedding, > 0, got {self.rope!r}")
         if self.rope is not None and head_dim % 2:
@@ -57,6 +59,23 @@ class Cache(NamedTuple):
     key: Float[Array, "*batch S K D"]
     value: Float[Array, "*batch S K D"]
     filled: Int[Array, ""]
+
+
+def check_operator(cg_max_iters: Any, implementation: Any) -> None:
+    """What ``lla_attention`` refuses in every call."""
+    if cg_max_iters is not None and (isinstance(cg_max_iters, bool) or not isinstance(cg_max_iters, int | np.integer)):
+        raise TypeError(f"cg_max_iters must be an int or None, got {cg_max_iters!r}")
+    if cg_max_iters is not None and cg_max_iters < 1:
+        raise ValueError(f"cg_max_iters must be >= 1, got {cg_max_iters}")
+    if implementation is not None and implementation not in get_args(Implementation):
+        allowed = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"implementation must be one of {allowed} or None, got {implementation!r}")
+
+
+def check_flags(**flags: Any) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool | np.bool_):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
 
 
 def check_dropout(dropout_rate: float) -> None:
@@ -90,19 +109,21 @@ def check_sow_weights(sow_weights: bool) -> None:
         )
 
 
-def check_ridge(ridge_lambda: Any, ridge_floor: float | None) -> None:
-    """A module's ridge is a number, > 0; a learned one starts above its floor, > 0."""
-    if isinstance(ridge_lambda, bool) or not isinstance(ridge_lambda, int | float):
+def check_ridge(ridge_lambda: Any, ridge_floor: float | None) -> float:
+    """The ridge of a module: a number, > 0; a learned one starts above its floor, > 0."""
+    if isinstance(ridge_lambda, bool) or not isinstance(ridge_lambda, numbers.Real):
         raise TypeError(
             f"ridge_lambda must be a Python number, got {type(ridge_lambda).__name__}; "
             "learn_ridge=True learns one per head"
         )
+    ridge = float(ridge_lambda)
     if ridge_floor is not None and not 0 < ridge_floor < math.inf:
         raise ValueError(f"ridge_floor must be finite and > 0, got {ridge_floor!r}")
-    if not ridge_lambda > (ridge_floor or 0):
-        raise ValueError(f"ridge_lambda must be > {ridge_floor or 0:g}, got {ridge_lambda!r}")
-    if ridge_floor is not None and ridge_lambda == math.inf:
+    if not ridge > (ridge_floor or 0):
+        raise ValueError(f"ridge_lambda must be > {ridge_floor or 0:g}, got {ridge!r}")
+    if ridge_floor is not None and ridge == math.inf:
         raise ValueError("ridge_lambda must be finite where it is learned, got inf")
+    return ridge
 
 
 def check_heads(num_heads: int, num_kv_heads: int | None) -> int:
@@ -118,7 +139,11 @@ def keys_and_values(inputs_q: Array, inputs_k: Array | None, inputs_v: Array | N
     if inputs_k is None and inputs_v is not None:
         raise ValueError("inputs_v needs inputs_k; keys and values from one array are inputs_k alone")
     inputs_k = inputs_q if inputs_k is None else inputs_k
-    return inputs_k, inputs_k if inputs_v is None else inputs_v
+    inputs_v = inputs_k if inputs_v is None else inputs_v
+    for name, x in {"inputs_q": inputs_q, "inputs_k": inputs_k, "inputs_v": inputs_v}.items():
+        if np.ndim(x) < 2:
+            raise ValueError(f"{name} must be [batch..., length, features], got shape {np.shape(x)}")
+    return inputs_k, inputs_v
 
 
 def raw_ridge(ridge_lambda: float, ridge_floor: float) -> float:
@@ -221,6 +246,8 @@ def decode(
     query, key, value = promote_dtype((query, key, value), dtype=settings.dtype)
     *batch, capacity, kv_heads, dim = cache.key.shape
     length = query.shape[-3]
+    if length == 0:
+        raise ValueError(f"decode=True needs one token at least, got a query of shape {query.shape}")
     expected = (*batch, length, kv_heads, dim)
     if key.shape != expected or value.shape != expected or query.shape[:-3] != tuple(batch):
         raise ValueError(
@@ -344,4 +371,4 @@ def _fold_mask(mask: Any, shape: tuple[int, ...]) -> Array:
     mask = mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
     if math.prod(mask.shape[:-3]) > 1:
         mask = jnp.broadcast_to(mask, (*shape[:-3], *mask.shape[-3:]))
-    return mask.reshape(-1, *mask.shape[-3:])
+    return mask.reshape(math.prod(mask.shape[:-3]), *mask.shape[-3:])

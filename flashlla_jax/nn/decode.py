@@ -66,7 +66,7 @@ def decode_step(
     lam = usable_ridge(ridge_lambda.astype(dtype)).reshape(1, heads, 1)
     lam = _by_row(jnp.broadcast_to(lam, (batch, heads, tokens)), kv_heads)
 
-    moments = _moments(qk_scale, query, key, value, index, mask)
+    moments: Any = _moments(qk_scale, query, key, value, index, mask)
     eye = jnp.eye(dim, dtype=dtype).reshape(1, 1, 1, dim, dim)
     factor = jnp.linalg.cholesky(moments.covariance[..., :dim] + lam[..., None, None] * eye)
     m = _by_row(jnp.moveaxis(query, 1, 2), kv_heads) - moments.mean[..., :dim]

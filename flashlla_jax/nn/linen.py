@@ -93,6 +93,7 @@ class LLAttention(nn.MultiHeadDotProductAttention):
         """
         core.check_dropout(self.dropout_rate)
         core.check_attention_fn(self.attention_fn)
+        core.check_flags(is_causal=self.is_causal, learn_ridge=self.learn_ridge)
         core.check_ridge(self.ridge_lambda, self.ridge_floor if self.learn_ridge else None)
         core.check_sow_weights(sow_weights)
         core.check_einsums(self.qk_attn_weights_einsum_cls, self.attn_weights_value_einsum_cls)

@@ -160,7 +160,8 @@ class LLAttention(nnx.MultiHeadAttention):
         """
         core.check_dropout(dropout_rate)
         core.check_attention_fn(attention_fn)
-        core.check_ridge(ridge_lambda, ridge_floor if learn_ridge else None)
+        core.check_flags(is_causal=is_causal, learn_ridge=learn_ridge)
+        ridge_lambda = core.check_ridge(ridge_lambda, ridge_floor if learn_ridge else None)
         super().__init__(
             num_heads,
             in_features,
@@ -271,6 +272,7 @@ class LLAttention(nnx.MultiHeadAttention):
             TypeError: The mask is not one.
             NotImplementedError: ``sow_weights``, or the named implementation cannot serve this call.
         """
+        core.check_dropout(self.dropout_rate)  # which set_attributes may have changed
         core.check_sow_weights(sow_weights)
         inputs_k, inputs_v = core.keys_and_values(inputs_q, inputs_k, inputs_v)
         inputs = {"inputs_q": inputs_q, "inputs_k": inputs_k, "inputs_v": inputs_v}
