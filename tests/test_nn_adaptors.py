@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -135,16 +136,95 @@ def test_linen_decodes() -> None:
 
 def test_refusals() -> None:
     q = jnp.ones((2, 5, 4, 8), jnp.float32)
-    function = attention_fn()
+    function: Any = attention_fn()
     with pytest.raises(NotImplementedError, match="takes no bias"):
         function(q, q, q, bias=jnp.zeros((1, 1, 5, 5)))
     for name in ("qk_attn_weights_einsum", "attn_weights_value_einsum"):
         with pytest.raises(NotImplementedError, match=name):
             function(q, q, q, **{name: jnp.einsum})
-    with pytest.raises(ValueError, match="ridge_lambda must be > 0"):
-        attention_fn(ridge_lambda=-1.0)(q, q, q)
+    with pytest.raises(NotImplementedError, match="input_positions must be None"):
+        function(q, q, q, input_positions=jnp.arange(5))
     with pytest.raises(ValueError, match="the same batch axes"):
         function(q, q[:1], q[:1])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"ridge_lambda": -1.0}, ValueError, "ridge_lambda must be > 0, got -1.0"),
+        ({"ridge_lambda": [1.0]}, TypeError, "ridge_lambda must be a Python number, got list"),
+        ({"implementation": "cuda"}, ValueError, r"implementation must be one of .* or None, got 'cuda'"),
+        ({"cg_max_iters": 0}, ValueError, "cg_max_iters must be >= 1, got 0"),
+        ({"is_causal": 1}, TypeError, "is_causal must be True or False, got 1"),
+        ({"ridge": 1.0}, TypeError, "attention_fn has no argument ridge"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused_at_once(kwargs: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        attention_fn(**kwargs)
+
+
+def test_forgotten_parentheses() -> None:
+    forgotten: Any = attention_fn
+    layer = nnx.MultiHeadAttention(4, FEATURES, attention_fn=forgotten, decode=False, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"attention_fn=attention_fn\(\), with parentheses"):
+        layer(inputs())
+    with pytest.raises(TypeError, match=r"attention_fn=attention_fn\(\), with parentheses"):
+        nn.MultiHeadDotProductAttention(4, attention_fn=forgotten).init(jax.random.key(0), inputs())
+
+
+class TestIsAValue:
+    """Two models that are made alike are the same to whatever compares them."""
+
+    def layer(self, seed: int) -> nnx.MultiHeadAttention:
+        function = attention_fn(ridge_lambda=RIDGE)
+        return nnx.MultiHeadAttention(4, FEATURES, attention_fn=function, decode=False, rngs=nnx.Rngs(seed))
+
+    def test_of_its_settings(self) -> None:
+        assert attention_fn(ridge_lambda=RIDGE) == attention_fn(ridge_lambda=np.float64(RIDGE))
+        assert hash(attention_fn(ridge_lambda=RIDGE)) == hash(attention_fn(ridge_lambda=RIDGE))
+        assert attention_fn(ridge_lambda=RIDGE) != attention_fn(ridge_lambda=RIDGE, is_causal=True)
+        assert attention_fn() != nnx.dot_product_attention
+        assert pickle.loads(pickle.dumps(attention_fn(cg_max_iters=5))) == attention_fn(cg_max_iters=5)
+
+    def test_arrays_are_the_same_as_one_object(self) -> None:
+        ridge = jnp.ones(4)
+        assert attention_fn(ridge_lambda=ridge) == attention_fn(ridge_lambda=ridge)
+        assert hash(attention_fn(ridge_lambda=ridge)) == hash(attention_fn(ridge_lambda=ridge))
+        assert attention_fn(ridge_lambda=ridge) != attention_fn(ridge_lambda=jnp.ones(4))
+
+        @jax.jit
+        def traced(ridge: jax.Array) -> jax.Array:
+            function = attention_fn(ridge_lambda=ridge)
+            assert function == attention_fn(ridge_lambda=ridge) != attention_fn()
+            assert hash(function) == hash(attention_fn(ridge_lambda=ridge))
+            q = jnp.ones((1, 3, 4, 4))
+            return function(q, q, q)
+
+        assert traced(ridge).shape == (1, 3, 4, 4)
+
+    def test_of_models(self) -> None:
+        a, b = self.layer(0), self.layer(1)
+        mean = jax.tree.map(lambda x, y: (x + y) / 2, a, b)
+        kernels = (layer.query.kernel[...] for layer in (a, b))
+        np.testing.assert_allclose(mean.query.kernel[...], sum(kernels) / 2, rtol=1e-6)
+        picked = jax.lax.cond(True, lambda: a, lambda: b)
+        np.testing.assert_array_equal(picked.query.kernel[...], a.query.kernel[...])
+        pickle.dumps(nnx.split(a)[0])
+
+    def test_is_traced_once(self) -> None:
+        traces = 0
+
+        @nnx.jit
+        def apply(layer: nnx.MultiHeadAttention, x: jax.Array) -> jax.Array:
+            nonlocal traces
+            traces += 1
+            return layer(x)
+
+        for seed in range(2):
+            apply(self.layer(seed), inputs())
+        assert traces == 1
 
 
 def test_the_signature_names_all_that_flax_passes() -> None:

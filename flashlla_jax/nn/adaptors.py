@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Never
 
+import jax
+import numpy as np
 from flax.nnx.nn.dtypes import promote_dtype as promote
 from jaxtyping import Array, Float
 
@@ -13,7 +16,7 @@ from flashlla_jax.nn import core
 
 
 def attention_fn(
-    *,
+    *arrays: Never,
     ridge_lambda: Ridge = 10.0,
     is_causal: bool = False,
     qk_scale: float | None = None,
@@ -22,7 +25,8 @@ def attention_fn(
     cg_max_iters: int | None = None,
     cg_use_preconditioner: bool = False,
     implementation: Implementation | None = None,
-) -> Callable[..., Array]:
+    **others: Never,
+) -> AttentionFn:
     """A function for ``attention_fn=`` of ``nnx.MultiHeadAttention`` and of Linen's ``MultiHeadDotProductAttention``.
 
     An existing model switches to Local Linear Attention without a new module or new parameters::
@@ -31,9 +35,11 @@ def attention_fn(
         nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=attention_fn(ridge_lambda=1.0))
 
     The function honours the module's ``mask``, ``dtype`` and ``precision``, and works with its ``decode=True``. It
-    refuses what Local Linear Attention has no counterpart of: a bias, dropout on the weights, sowing the weights.
+    refuses what Local Linear Attention has no counterpart of: a bias, dropout on the weights, sowing the weights. Two
+    functions of the same settings are equal, an array being the same as itself only.
 
     Args:
+        arrays: None; what a module passes where the parentheses were forgotten.
         ridge_lambda: The ridge, > 0, as in :func:`flashlla_jax.lla_attention`.
         is_causal: Whether attention is causal even where the module does not ask for it. Flax's modules are not causal
             by themselves, and so neither is this; a causal model that says so here rather than with a mask saves the
@@ -44,15 +50,65 @@ def attention_fn(
         cg_max_iters: As in :func:`flashlla_jax.lla_attention`.
         cg_use_preconditioner: As in :func:`flashlla_jax.lla_attention`.
         implementation: As in :func:`flashlla_jax.lla_attention`.
+        others: None.
 
     Returns:
         The function. It raises NotImplementedError for what it refuses.
+
+    Raises:
+        TypeError: An argument is not one of these, or of the wrong type.
+        ValueError: A number is out of range, or ``implementation`` is not one.
     """
-    causal = is_causal
+    if arrays:
+        raise TypeError("attention_fn makes the function: a module takes attention_fn=attention_fn(), with parentheses")
+    if others:
+        raise TypeError(f"attention_fn has no argument {', '.join(others)}")
+    core.check_flags(is_causal=is_causal, cg_use_preconditioner=cg_use_preconditioner)
+    core.check_operator(cg_max_iters, implementation)
+    if not isinstance(ridge_lambda, np.ndarray | jax.Array):
+        ridge_lambda = core.check_ridge(ridge_lambda, None)
+    return AttentionFn(
+        ridge_lambda,
+        is_causal,
+        qk_scale,
+        cg_atol,
+        cg_rtol,
+        cg_max_iters,
+        cg_use_preconditioner,
+        implementation,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionFn:
+    """What :func:`attention_fn` returns: a value, so that models made alike are alike to ``jit``, ``tree.map`` and
+    ``pickle``."""
+
+    ridge_lambda: Ridge
+    is_causal: bool
+    qk_scale: float | None
+    cg_atol: float | None
+    cg_rtol: float | None
+    cg_max_iters: int | None
+    cg_use_preconditioner: bool
+    implementation: Implementation | None
+
+    def _key(self) -> tuple[Any, ...]:
+        # an array has no hash, and its values may not be known: the object stands for it
+        ridge = self.ridge_lambda
+        ridge = ("array", id(ridge)) if isinstance(ridge, np.ndarray | jax.Array) else ridge
+        return tuple((vars(self) | {"ridge_lambda": ridge}).values())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AttentionFn) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
 
     # Linen passes only the keywords that it finds in the signature, NNX all of its own: this names both modules' whole
     # lists, so that nothing is dropped unseen.
-    def attention(
+    def __call__(
+        self,
         query: Float[Array, "*batch T N D"],
         key: Float[Array, "*batch S K D"],
         value: Float[Array, "*batch S K Dv"],
@@ -70,9 +126,19 @@ def attention_fn(
         attn_weights_value_einsum: Any = None,
         promote_dtype: Callable[..., Any] = promote,
         is_causal: bool = False,
+        input_positions: Any = None,
     ) -> Float[Array, "*batch T N Dv"]:
+        """Attention as ``nnx.dot_product_attention`` and Linen's have it.
+
+        Raises:
+            NotImplementedError: What Local Linear Attention has no counterpart of is asked for.
+        """
         if bias is not None:
             raise NotImplementedError("Local Linear Attention takes no bias; use mask to hide keys")
+        if input_positions is not None:
+            raise NotImplementedError(
+                "input_positions must be None: attention_fn has no rotary embedding, LLAttention(rope=...) has"
+            )
         core.check_einsums(qk_attn_weights_einsum, attn_weights_value_einsum)
         if not deterministic:
             core.check_dropout(dropout_rate)
@@ -83,15 +149,13 @@ def attention_fn(
             key,
             value,
             mask=mask,
-            is_causal=causal or is_causal,
-            ridge_lambda=ridge_lambda,
-            qk_scale=qk_scale,
-            cg_atol=cg_atol,
-            cg_rtol=cg_rtol,
-            cg_max_iters=cg_max_iters,
-            cg_use_preconditioner=cg_use_preconditioner,
+            is_causal=self.is_causal or is_causal,
+            ridge_lambda=self.ridge_lambda,
+            qk_scale=self.qk_scale,
+            cg_atol=self.cg_atol,
+            cg_rtol=self.cg_rtol,
+            cg_max_iters=self.cg_max_iters,
+            cg_use_preconditioner=self.cg_use_preconditioner,
             precision=precision,
-            implementation=implementation,
+            implementation=self.implementation,
         )
-
-    return attention
