@@ -20,7 +20,7 @@ class LLAttention(nn.MultiHeadDotProductAttention):
     of :class:`flashlla_jax.LLAttention`; the parameters of either module fit the other. Attention is causal unless
     ``is_causal=False``. ``dropout_rate``, ``attention_fn`` and the two einsum classes cannot be served and must be left
     as they are; the softmax weights of 16-bit inputs are float32 whatever ``force_fp32_for_softmax`` says.
-    Encoder-decoder cross-attention needs ``is_causal=False``: by the default, where ``inputs_k`` is longer than
+    Encoder-decoder cross-attention needs ``is_causal=False``: by default, where ``inputs_k`` is longer than
     ``inputs_q``, the last query is aligned with the last key.
 
     With ``decode=True`` the ``cache`` collection is made by ``init`` from inputs as long as the cache is to be, as in

@@ -24,7 +24,7 @@ class LLAttention(nnx.MultiHeadAttention):
     ``nnx.MultiHeadAttention(num_heads=..., in_features=..., rngs=...)`` can be replaced by ``LLAttention`` with the
     same arguments, and its checkpoints load. New are the arguments from ``is_causal`` on. Attention is causal unless
     ``is_causal=False``, and dropout on the weights, ``sow_weights`` and another ``attention_fn`` are refused: Local
-    Linear Attention has no weights to drop or to show. Encoder-decoder cross-attention needs ``is_causal=False``: by the
+    Linear Attention has no weights to drop or to show. Encoder-decoder cross-attention needs ``is_causal=False``: by
     default, where ``inputs_k`` is longer than ``inputs_q``, the last query is aligned with the last key.
 
     Example::
