@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from runs import number
-from sweep import Budget, Job, Results, carry_out, run_all, sweep_parser
+from sweep import Budget, Job, Results, carry_out, refuse_repetition, run_all, sweep_parser
 from transformer import ATTENTIONS, AUTO, COLORS, TITLES, Array, Transformer, compute_dtype
 
 try:
@@ -226,6 +226,7 @@ def _config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config
     values: dict[str, Any] = {name: getattr(args, name) or default for name, default in PRESETS[args.preset].items()}
     values |= {name: tuple(values[name]) for name in ("segments", "rates")}
     config = Config(**values, implementation=args.implementation, seed=args.seed)
+    refuse_repetition(parser, config, "segments", "rates")
     for segment in config.segments:
         if config.length % segment or config.length < 2 * segment:
             parser.error(

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from runs import number
-from sweep import Budget, Job, Results, carry_out, run_all, sweep_parser
+from sweep import Budget, Job, Results, carry_out, refuse_repetition, run_all, sweep_parser
 from transformer import ATTENTIONS, AUTO, COLORS, TITLES, Array, Transformer, compute_dtype
 
 try:
@@ -228,6 +228,7 @@ def _config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config
     values: dict[str, Any] = {name: getattr(args, name) or default for name, default in PRESETS[args.preset].items()}
     values |= {name: tuple(values[name]) for name in ("widths", "lengths", "pairs", "rates")}
     config = Config(**values, implementation=args.implementation, seed=args.seed)
+    refuse_repetition(parser, config, "lengths", "widths", "rates")
     if len(config.pairs) != len(config.lengths):
         parser.error(f"argument --pairs: {len(config.pairs)} given for {len(config.lengths)} --lengths")
     for length, pairs in zip(config.lengths, config.pairs, strict=True):

@@ -47,6 +47,14 @@ def sweep_parser(doc: str | None, presets: Iterable[str], name: str) -> tuple[ar
     return parser, size
 
 
+def refuse_repetition(parser: argparse.ArgumentParser, config: Any, *names: str) -> None:
+    """A length given twice, say, would be trained once and reported twice."""
+    for name in names:
+        values = getattr(config, name)
+        if repeated := [value for i, value in enumerate(values) if value in values[:i]]:
+            parser.error(f"argument --{name}: {repeated[0]:g} is given twice; give each value once")
+
+
 def carry_out(
     parser: argparse.ArgumentParser,
     args: argparse.Namespace,

@@ -144,6 +144,8 @@ def test_sweep(example, tmp_path, monkeypatch, capsys):
         ("--segments 40", "--segments"),
         ("--length 32", "--segments"),
         ("--width 30 --heads 4", "--width"),
+        ("--segments 32 16 32", "--segments"),
+        ("--rates 0.001 1e-3", "--rates"),
         ("--rates -1", "--rates"),
         ("--dim 0", "--dim"),
         ("--seed -1", "--seed"),

@@ -156,6 +156,9 @@ def test_dtype_by_width(example):
         ("--pairs 4 8", "--pairs"),
         ("--lengths 16 --pairs 5", "--pairs"),
         ("--vocabulary 9", "--vocabulary"),
+        ("--lengths 32 32 --pairs 2 8", "--lengths"),  # job names have no pairs
+        ("--widths 64 32 64", "--widths"),
+        ("--rates 0.001 1e-3", "--rates"),
         ("--rates 0", "--rates"),
         ("--rates inf", "--rates"),
         ("--batch -1", "--batch"),
