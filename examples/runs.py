@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -41,6 +42,20 @@ def check_config(what: str, found: dict[str, Any], config: dict[str, Any]) -> No
             f"{what} was made with {', '.join(pairs)}; give the same flags, another --output-dir, or --fresh to start "
             "over"
         )
+
+
+def again(fresh: bool) -> str:
+    """What goes on with a stopped run: ``--fresh`` would delete what it left."""
+    return "the same command without --fresh" if fresh else "the same command"
+
+
+def delete_folder(folder: Path) -> None:
+    """Deletes it if it exists; a RunError says why it cannot be."""
+    try:
+        if os.path.lexists(folder):
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise RunError(f"argument --fresh: cannot delete {folder}: {error.strerror or error}") from error
 
 
 class Checkpoints:

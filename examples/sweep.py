@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from runs import RunError, check_config, number, write
+from runs import RunError, again, check_config, number, write
 from transformer import DTYPES, IMPLEMENTATIONS, Array
 
 try:
@@ -35,7 +35,7 @@ def sweep_parser(doc: str | None, presets: Iterable[str], name: str) -> tuple[ar
     parser.add_argument("--preset", choices=tuple(presets), default="small", help="default: %(default)s")
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="of LLAttention; default: the best here")
     parser.add_argument("--output-dir", type=Path, help=f"default: outputs/{name}/<preset>")
-    parser.add_argument("--fresh", action="store_true", help="do not go on with the results in the output folder")
+    parser.add_argument("--fresh", action="store_true", help="delete the results in the output folder and start over")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
     size = parser.add_argument_group("size", "defaults: the preset's")
     size.add_argument("--batch", type=number(int, 1))
@@ -74,7 +74,8 @@ def carry_out(
     except (RunError, NotImplementedError) as error:  # the latter: an implementation that cannot run here
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted; the same command goes on after the last finished training\n")
+        how = f"{again(args.fresh)} goes on after the last finished training"
+        parser.exit(130, f"{parser.prog}: interrupted; {how}\n")
     for remark in remarks:
         print(remark)
     print(table(config, results))
@@ -212,7 +213,9 @@ class Results:
     def __init__(self, path: Path, config: dict[str, Any], fresh: bool):
         self._path, self._config = path, json.loads(json.dumps(config))
         self.finished: dict[str, Any] = {}
-        if fresh or not path.exists():
+        if fresh:  # now: a run that is stopped before its first result must not go on with these
+            self._delete()
+        if not path.exists():
             return
         try:
             found = json.loads(path.read_text())
@@ -220,6 +223,12 @@ class Results:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"cannot read {path}: {error}; delete it, or start over with --fresh") from error
         check_config(str(path), found_config, self._config)
+
+    def _delete(self) -> None:
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"argument --fresh: cannot delete {self._path}: {error.strerror}") from error
 
     def add(self, name: str, result: dict[str, Any]) -> None:
         """Keeps a result, on disk at once."""

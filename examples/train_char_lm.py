@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from runs import Checkpoints, RunError, State, Stopped, StopRequest, number, write
+from runs import Checkpoints, RunError, State, Stopped, StopRequest, again, delete_folder, number, write
 from stdlib_text import END, VOCABULARY, Text, bigram_loss, load_text, windows
 from transformer import COLORS, IMPLEMENTATIONS, LLA, SOFTMAX, TITLES, Array, Transformer, count_parameters
 
@@ -192,12 +191,12 @@ class Trainer:
         return float(self._evaluate(state.params, self._validation))
 
 
-def train(config: Config, text: Text, checkpoints: Checkpoints, checkpoint_every: int) -> State:
+def train(config: Config, text: Text, checkpoints: Checkpoints, checkpoint_every: int, stop: StopRequest) -> State:
     """Trains from the latest checkpoint, or from the start, to the last step.
 
     Raises:
         RunError: The checkpoint is of other flags or cannot be read, or the loss is not finite.
-        Stopped: A signal came; the state after the step it came in is saved.
+        Stopped: A signal came before the last step; the state after the step it came in is saved.
     """
     done = checkpoints.latest or 0
     if done:
@@ -208,10 +207,7 @@ def train(config: Config, text: Text, checkpoints: Checkpoints, checkpoint_every
     if done:
         print(f"{TITLES[config.attention]}: going on after step {done} of {config.steps}")
 
-    with (
-        StopRequest() as stop,
-        tqdm(total=config.steps, initial=done, desc=TITLES[config.attention], unit="step") as bar,
-    ):
+    with tqdm(total=config.steps, initial=done, desc=TITLES[config.attention], unit="step") as bar:
         for step in range(done, config.steps):
             begin = time.perf_counter()
             history["loss"][step] = loss = trainer.step(state, step)
@@ -229,11 +225,8 @@ def train(config: Config, text: Text, checkpoints: Checkpoints, checkpoint_every
             if last or stop.signal or (step + 1) % checkpoint_every == 0:
                 checkpoints.save(step + 1, state, dataclasses.asdict(config))
             if stop.signal and not last:
-                raise Stopped(
-                    stop.signal,
-                    f"stopped after step {step + 1} of {config.steps}, saved in {checkpoints.directory}; "
-                    "the same command goes on from there",
-                )
+                message = f"stopped after step {step + 1} of {config.steps}, saved in {checkpoints.directory}"
+                raise Stopped(stop.signal, message)
     return state
 
 
@@ -405,16 +398,20 @@ def _sizes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train_all(args: argparse.Namespace, attentions: Sequence[str], output: Path) -> None:
+    if args.fresh:  # all before the first training, so that what is there after a stop is of this command
+        for attention in attentions:
+            delete_folder(output / attention)
     sizes = _sizes(args)
     text = load_text()
     results = []
     for attention in attentions:
         config = Config(attention, args.implementation, seed=args.seed, text=text.sha256, **sizes)
         directory = output / attention
-        if args.fresh:
-            shutil.rmtree(directory, ignore_errors=True)
-        with Checkpoints(directory) as checkpoints:
-            state = train(config, text, checkpoints, args.checkpoint_every or math.ceil(config.steps / 4))
+        every = args.checkpoint_every or math.ceil(config.steps / 4)
+        with StopRequest() as stop, Checkpoints(directory) as checkpoints:
+            state = train(config, text, checkpoints, every, stop)
+        if stop.signal and attention != attentions[-1]:  # it came in the last step
+            raise Stopped(stop.signal, f"stopped after {TITLES[attention]}, saved in {directory}")
         steps = solver_steps(config, state.params, text)
         results.append(Result(config, count_parameters(state.params), state.history, steps))
 
@@ -455,9 +452,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (RunError, NotImplementedError) as error:  # the latter: an implementation that cannot run here
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except Stopped as stopped:
-        parser.exit(stopped.code, f"{parser.prog}: {stopped}\n")
+        parser.exit(stopped.code, f"{parser.prog}: {stopped}; {again(args.fresh)} goes on from there\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted; the same command goes on from the latest checkpoint\n")
+        how = "" if args.generate is not None else f"; {again(args.fresh)} goes on from the latest checkpoint"
+        parser.exit(130, f"{parser.prog}: interrupted{how}\n")
 
 
 if __name__ == "__main__":

@@ -140,6 +140,21 @@ def test_sweep(example, tmp_path, capsys):
     assert "cannot read" in capsys.readouterr().err
 
 
+def test_interrupted_when_fresh(example, tmp_path, monkeypatch, capsys):
+    """What the command found there is gone before the first training ends, and it says how to go on."""
+
+    def interrupt(jobs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example, "run_all", interrupt)
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(SystemExit) as stop:
+        example.main([*SMALL, "--output-dir", str(tmp_path), "--fresh"])
+    assert stop.value.code == 130
+    assert "the same command without --fresh goes on after" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_dtype_by_width(example):
     """auto is bfloat16 where a head is wide, and what the full size takes."""
     assert example.PRESETS["full"]["dtype"] == "auto"

@@ -266,6 +266,75 @@ def test_checkpoints_that_do_not_serve(example, finished, tmp_path, capsys):
     assert "is not a folder" in refusal(example, capsys, tmp_path / "file", *SMALL)
 
 
+@pytest.fixture
+def instant(example, monkeypatch) -> ModuleType:
+    """The example with a training that only counts, of ``instant.main([*INSTANT, ...])``."""
+
+    class Trainer:
+        def __init__(self, config, text):
+            self._history = {name: np.full(config.steps, np.nan) for name in ("loss", "validation", "seconds")}
+
+        def init(self):
+            return example.State({"x": np.zeros(2)}, {"x": np.zeros(2)}, self._history)
+
+        abstract = init
+
+        def step(self, state, step):
+            return 2.0
+
+        def evaluate(self, state):
+            return 1.0
+
+    monkeypatch.setattr(example, "Trainer", Trainer)
+    monkeypatch.setattr(example, "solver_steps", lambda *_: None)
+    return example
+
+
+INSTANT = ["--steps", "4", "--warmup", "1", "--eval-every", "2", "--eval-windows", "2", "--attention", "both"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_in_the_last_step_stops_before_the_next_training(instant, tmp_path, monkeypatch, capsys, number, code):
+    evaluate = instant.Trainer.evaluate
+    flags = ["--output-dir", str(tmp_path), *INSTANT]
+
+    def interrupted(self, state):
+        if np.isfinite(self._history["loss"]).all():
+            os.kill(os.getpid(), number)
+        return evaluate(self, state)
+
+    monkeypatch.setattr(instant.Trainer, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        instant.main([*flags, "--fresh"])
+    assert stop.value.code == code
+    assert "; the same command without --fresh goes on from there" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "lla" / "4").is_dir()
+    assert not list(tmp_path.glob("softmax/*"))
+
+    instant.main(flags)  # the signal comes in the last step of all
+    assert "LLA" in (printed := capsys.readouterr().out)
+    assert "softmax attention" in printed
+
+
+def test_fresh_and_stopped_says_how_to_go_on(instant, tmp_path, monkeypatch, capsys):
+    """Without --fresh, and what the command found there it has deleted before it began."""
+    flags = ["--output-dir", str(tmp_path), *INSTANT]
+    instant.main(flags)
+    step = instant.Trainer.step
+    monkeypatch.setattr(instant.Trainer, "step", lambda *args: os.kill(os.getpid(), signal.SIGINT) or step(*args))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        instant.main([*flags, "--fresh"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "stopped after step 1 of 4" in said
+    assert said.endswith("; the same command without --fresh goes on from there")
+    assert not list(tmp_path.glob("softmax/*"))
+
+    shutil.rmtree(tmp_path / "lla")
+    (tmp_path / "lla").write_text("")
+    assert f"cannot delete {tmp_path / 'lla'}: " in refusal(instant, capsys, tmp_path, *INSTANT, "--fresh")
+
+
 def test_implementation_that_cannot_run_here(example, tmp_path, capsys):
     if jax.default_backend() != "cpu":
         pytest.skip("Triton may run here")
@@ -276,7 +345,7 @@ def test_implementation_that_cannot_run_here(example, tmp_path, capsys):
 def test_fresh_starts_over(example, finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished[0], tmp_path / "run")
 
-    def train(config, text, checkpoints, checkpoint_every):
+    def train(config, text, checkpoints, checkpoint_every, stop):
         raise example.RunError(f"the latest is {checkpoints.latest}")
 
     monkeypatch.setattr(example, "train", train)
