@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,17 @@ def again(fresh: bool) -> str:
     return "the same command without --fresh" if fresh else "the same command"
 
 
+def prepare_folder(folder: Path) -> None:
+    """Creates it if it does not exist; a RunError says why nothing can be written there, before hours of training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        no_folder = isinstance(error, (FileExistsError, NotADirectoryError))
+        reason = "it is not a folder" if no_folder else error.strerror
+        raise RunError(f"argument --output-dir: cannot write in {folder}: {reason}; give another") from error
+
+
 def delete_folder(folder: Path) -> None:
     """Deletes it if it exists; a RunError says why it cannot be."""
     try:
@@ -59,15 +71,15 @@ def delete_folder(folder: Path) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run: a folder per step, written whole or not at all, the last two kept."""
+    """The checkpoints of one run, in a folder that exists: one per step, written whole or not at all, two kept."""
 
     def __init__(self, directory: Path):
         self.directory = directory.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, enable_async_checkpointing=False)
-        if self.directory.exists() and not self.directory.is_dir():
-            raise RunError(f"{self.directory} is not a folder; give another --output-dir")
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            raise RunError(f"argument --output-dir: cannot read {self.directory}: {error.strerror}") from error
 
     @property
     def latest(self) -> int | None:
@@ -146,10 +158,15 @@ class Stopped(Exception):
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Through a temporary name: a reader finds the old file or the new one."""
+    """Through a temporary name: a reader finds the old file or the new one. A RunError says why it cannot be."""
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    save(temporary)
-    temporary.replace(path)
+    try:
+        save(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def number(kind: type[int] | type[float], least: float, above: bool = False) -> Callable[[str], Any]:

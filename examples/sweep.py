@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from runs import RunError, again, check_config, number, write
+from runs import RunError, again, check_config, number, prepare_folder, write
 from transformer import DTYPES, IMPLEMENTATIONS, Array
 
 try:
@@ -71,15 +71,15 @@ def carry_out(
     try:
         results = Results(output / "results.json", dataclasses.asdict(config), args.fresh)
         run(config, results)
+        for remark in remarks:
+            print(remark)
+        print(table(config, results))
+        write(output / f"{name}.png", lambda path: plot(config, results).savefig(path, dpi=110, format="png"))
     except (RunError, NotImplementedError) as error:  # the latter: an implementation that cannot run here
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         how = f"{again(args.fresh)} goes on after the last finished training"
         parser.exit(130, f"{parser.prog}: interrupted; {how}\n")
-    for remark in remarks:
-        print(remark)
-    print(table(config, results))
-    write(output / f"{name}.png", lambda path: plot(config, results).savefig(path, dpi=110, format="png"))
     print(f"results: {output / 'results.json'}, {output / f'{name}.png'}")
 
 
@@ -207,12 +207,13 @@ class Results:
         fresh: whether to begin anew.
 
     Raises:
-        RunError: The file is not readable or is of another configuration.
+        RunError: The file is not readable or is of another configuration, or nothing can be written in its folder.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], fresh: bool):
         self._path, self._config = path, json.loads(json.dumps(config))
         self.finished: dict[str, Any] = {}
+        prepare_folder(path.parent)
         if fresh:  # now: a run that is stopped before its first result must not go on with these
             self._delete()
         if not path.exists():
@@ -235,5 +236,4 @@ class Results:
         self.finished[name] = result
         about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "config": self._config}
         text = json.dumps(about | {"finished": self.finished}, indent=1) + "\n"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         write(self._path, lambda path: path.write_text(text))

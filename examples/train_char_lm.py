@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from runs import Checkpoints, RunError, State, Stopped, StopRequest, again, delete_folder, number, write
+from runs import Checkpoints, RunError, State, Stopped, StopRequest, again, delete_folder, number, prepare_folder, write
 from stdlib_text import END, VOCABULARY, Text, bigram_loss, load_text, windows
 from transformer import COLORS, IMPLEMENTATIONS, LLA, SOFTMAX, TITLES, Array, Transformer, count_parameters
 
@@ -367,7 +368,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sample(args: argparse.Namespace, directory: Path) -> None:
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # unlike Path.is_dir, also False without permission
         raise RunError(f"there is no checkpoint in {directory}; train first, or give another --output-dir")
     with Checkpoints(directory) as checkpoints:
         _sample_from(args, checkpoints)
@@ -398,9 +399,11 @@ def _sizes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train_all(args: argparse.Namespace, attentions: Sequence[str], output: Path) -> None:
-    if args.fresh:  # all before the first training, so that what is there after a stop is of this command
-        for attention in attentions:
+    for attention in attentions:  # all before the first training, so that what a stop leaves is of this command
+        if args.fresh:
             delete_folder(output / attention)
+        prepare_folder(output / attention)
+    prepare_folder(output)
     sizes = _sizes(args)
     text = load_text()
     results = []

@@ -155,6 +155,17 @@ def test_interrupted_when_fresh(example, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_folder_that_cannot_be_written(example, tmp_path, monkeypatch, capsys):
+    """It is said before anything is trained."""
+    monkeypatch.setattr(example, "run_all", lambda jobs: pytest.fail("trained"))
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "inner", Path("/proc/nope")):
+        with pytest.raises(SystemExit) as stop:
+            example.main([*SMALL, "--output-dir", str(folder)])
+        assert stop.value.code == 1
+        assert f"argument --output-dir: cannot write in {folder}: " in capsys.readouterr().err
+
+
 def test_dtype_by_width(example):
     """auto is bfloat16 where a head is wide, and what the full size takes."""
     assert example.PRESETS["full"]["dtype"] == "auto"

@@ -261,10 +261,6 @@ def test_checkpoints_that_do_not_serve(example, finished, tmp_path, capsys):
     for flags in (SMALL, ["--generate", "x"]):
         assert "cannot read the checkpoint" in refusal(example, capsys, tmp_path / "damaged", *flags)
 
-    (tmp_path / "file").mkdir()
-    (tmp_path / "file" / "lla").write_text("")
-    assert "is not a folder" in refusal(example, capsys, tmp_path / "file", *SMALL)
-
 
 @pytest.fixture
 def instant(example, monkeypatch) -> ModuleType:
@@ -333,6 +329,23 @@ def test_fresh_and_stopped_says_how_to_go_on(instant, tmp_path, monkeypatch, cap
     shutil.rmtree(tmp_path / "lla")
     (tmp_path / "lla").write_text("")
     assert f"cannot delete {tmp_path / 'lla'}: " in refusal(instant, capsys, tmp_path, *INSTANT, "--fresh")
+
+
+def test_folder_that_cannot_be_written(example, tmp_path, monkeypatch, capsys):
+    """It is said before anything is trained."""
+    monkeypatch.setattr(example, "train", lambda *_: pytest.fail("trained"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "softmax").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "part", Path("/proc/nope")):
+        assert "argument --output-dir: cannot write in " in refusal(example, capsys, folder, "--attention", "both")
+
+
+def test_report_that_cannot_be_written(instant, tmp_path, capsys):
+    (tmp_path / "results.json").mkdir()
+    line = refusal(instant, capsys, tmp_path, *INSTANT)
+    assert f"cannot write {tmp_path / 'results.json'}: " in line
+    assert not list(tmp_path.glob(".*"))  # temporary files
 
 
 def test_implementation_that_cannot_run_here(example, tmp_path, capsys):
