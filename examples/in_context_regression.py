@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from runs import number
-from sweep import Budget, Job, Results, carry_out, refuse_repetition, run_all, sweep_parser
+from sweep import Budget, Job, Results, best_rate, carry_out, refuse_repetition, run_all, sweep_parser
 from transformer import ATTENTIONS, AUTO, COLORS, TITLES, Array, Transformer, compute_dtype
 
 try:
@@ -149,7 +149,7 @@ def run(config: Config, results: Results) -> None:
                 jobs.append((name, lambda case=(attention, segment): make_job(config, *case)))
     for name, outcome in run_all(jobs):
         by_rate = outcome.validation.mean(axis=1)
-        best = int(np.nanargmin(by_rate))
+        best = best_rate(-by_rate)
         results.add(
             name,
             {

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from runs import number
-from sweep import Budget, Job, Results, carry_out, refuse_repetition, run_all, sweep_parser
+from sweep import Budget, Job, Results, best_rate, carry_out, refuse_repetition, run_all, sweep_parser
 from transformer import ATTENTIONS, AUTO, COLORS, TITLES, Array, Transformer, compute_dtype
 
 try:
@@ -139,7 +139,9 @@ def make_job(config: Config, attention: str, width: int, length: int, pairs: int
     def accuracy(model: RecallModel, key: Array) -> Array:
         def correct(key: Array) -> Array:
             tokens, places, answers = recall_data(key, config.batch, length, pairs, config.vocabulary)
-            return jnp.mean(model(tokens, places).argmax(-1) == answers)
+            logits = model(tokens, places)
+            # NaN for a model that diverged: argmax would take the first token
+            return jnp.where(jnp.isfinite(logits).all(), jnp.mean(logits.argmax(-1) == answers), jnp.nan)
 
         return jax.lax.map(correct, jax.random.split(key, math.ceil(EVALUATED / config.batch))).mean()
 
@@ -157,7 +159,7 @@ def run(config: Config, results: Results) -> None:
                     case = (attention, width, length, pairs)
                     jobs.append((name, lambda case=case: make_job(config, *case)))
     for name, outcome in run_all(jobs):
-        best = int(np.nanargmax(outcome.validation))
+        best = best_rate(outcome.validation)
         results.add(
             name,
             {

@@ -169,14 +169,20 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def number(kind: type[int] | type[float], least: float, above: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite number not below ``least``, or above it."""
+def number(
+    kind: type[int] | type[float], least: float, above: bool = False, most: float = math.inf
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number not below ``least``, or above it, and not above ``most``."""
+    allowed = f"{'>' if above else '>='} {least:g}" + (f" and <= {most}" if most < math.inf else "")
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if not math.isfinite(value) or value < least or (above and value == least):
-            raise argparse.ArgumentTypeError(f"must be {'>' if above else '>='} {least:g}, got {text}")
+        if not least <= value <= most or value == math.inf or (above and value == least):
+            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text}")
         return value
 
     parse.__name__ = kind.__name__
     return parse
+
+
+seed = number(int, 0, most=2**32 - 1)  # without 64-bit types, jax.random.key keeps 32 bits: 2**32 would be 0 again

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from runs import RunError, again, check_config, number, prepare_folder, write
+from runs import RunError, again, check_config, number, prepare_folder, seed, write
 from transformer import DTYPES, IMPLEMENTATIONS, Array
 
 try:
@@ -36,7 +36,7 @@ def sweep_parser(doc: str | None, presets: Iterable[str], name: str) -> tuple[ar
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="of LLAttention; default: the best here")
     parser.add_argument("--output-dir", type=Path, help=f"default: outputs/{name}/<preset>")
     parser.add_argument("--fresh", action="store_true", help="delete the results in the output folder and start over")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     size = parser.add_argument_group("size", "defaults: the preset's")
     size.add_argument("--batch", type=number(int, 1))
     size.add_argument("--steps", type=number(int, 1))
@@ -93,7 +93,8 @@ class Budget:
     seed: int
 
     def optimizer(self, rate: float | Array) -> optax.GradientTransformation:
-        shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, self.steps // 10), self.steps)
+        warmup = min(max(1, self.steps // 10), self.steps - 1)  # optax wants a step of decay
+        shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, self.steps)
         return optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.scale_by_adam(),
@@ -101,6 +102,14 @@ class Budget:
             optax.add_decayed_weights(self.weight_decay, mask=lambda params: jax.tree.map_with_path(_decays, params)),
             optax.scale_by_learning_rate(lambda step: rate * shape(step)),
         )
+
+
+def best_rate(scores: np.ndarray) -> int:
+    """The index of the highest of the finite scores, which are by learning rate."""
+    finite = np.isfinite(scores)
+    if not finite.any():
+        raise RunError("every learning rate diverged; lower --rates")
+    return int(np.argmax(np.where(finite, scores, -np.inf)))
 
 
 def _decays(path: Any, _: Any) -> bool:
@@ -169,7 +178,7 @@ class Job:
         return jax.vmap(lambda params: self._evaluate_model(nnx.merge(self._graph, params), key))(params)
 
     def run(self, bar: tqdm) -> Outcome:
-        """Trains, moving the bar by one a step."""
+        """Trains, moving the bar by one a step; a RunError if no learning rate has a finite loss."""
         params, optimizer = self._init()
         losses: list[Array] = []
         shown = 0
@@ -177,7 +186,8 @@ class Job:
             params, optimizer, loss = self._step(params, optimizer, jnp.int32(step))
             losses.append(loss)
             if step % 20 == 19 or step + 1 == self.budget.steps:  # do not wait for the device at every step
-                bar.set_postfix_str(f"loss {np.nanmin(np.asarray(loss)):.3f}", refresh=False)
+                lowest = np.asarray(loss)[best_rate(-np.asarray(loss))]
+                bar.set_postfix_str(f"loss {lowest:.3f}", refresh=False)
                 bar.update(step + 1 - shown)
                 shown = step + 1
         validation, test = (jax.tree.map(np.asarray, self._evaluate(params, key)) for key in self._keys[1:])

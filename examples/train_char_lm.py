@@ -31,7 +31,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from runs import Checkpoints, RunError, State, Stopped, StopRequest, again, delete_folder, number, prepare_folder, write
+from runs import (
+    Checkpoints,
+    RunError,
+    State,
+    Stopped,
+    StopRequest,
+    again,
+    delete_folder,
+    number,
+    prepare_folder,
+    seed,
+    write,
+)
 from stdlib_text import END, VOCABULARY, Text, bigram_loss, load_text, windows
 from transformer import COLORS, IMPLEMENTATIONS, LLA, SOFTMAX, TITLES, Array, Transformer, count_parameters
 
@@ -196,7 +208,7 @@ def train(config: Config, text: Text, checkpoints: Checkpoints, checkpoint_every
     """Trains from the latest checkpoint, or from the start, to the last step.
 
     Raises:
-        RunError: The checkpoint is of other flags or cannot be read, or the loss is not finite.
+        RunError: The checkpoint is of other flags or cannot be read, or a loss is not finite.
         Stopped: A signal came before the last step; the state after the step it came in is saved.
     """
     done = checkpoints.latest or 0
@@ -219,8 +231,10 @@ def train(config: Config, text: Text, checkpoints: Checkpoints, checkpoint_every
                 history["seconds"][step] = seconds
             last = step + 1 == config.steps
             if last or (step + 1) % config.eval_every == 0:
-                history["validation"][step] = trainer.evaluate(state)
-                bar.write(f"step {step + 1}: loss {loss:.4f}, validation loss {history['validation'][step]:.4f}")
+                history["validation"][step] = validation = trainer.evaluate(state)
+                if not math.isfinite(validation):
+                    raise RunError(f"the validation loss is {validation} after step {step + 1}; lower --learning-rate")
+                bar.write(f"step {step + 1}: loss {loss:.4f}, validation loss {validation:.4f}")
             bar.set_postfix_str(f"loss {loss:.3f}, {config.batch * config.context / seconds:,.0f} tokens/s", False)
             bar.update()
             if last or stop.signal or (step + 1) % checkpoint_every == 0:
@@ -305,12 +319,17 @@ def plot(results: Sequence[Result], bigram: float) -> Figure:
 # ---- sampling
 
 
-def generate(config: Config, params: Any, prompt: str, length: int, temperature: float, seed: int) -> bytes:
-    """Samples ``length`` bytes after the prompt through the decode cache, the prompt in one call; 0 is greedy.
+# what float32 takes for 0, and divides by no more
+GREEDY = float(np.finfo(np.float32).tiny)
 
-    Beyond the length that the model was trained with, quality falls.
+
+def generate(config: Config, params: Any, prompt: bytes, length: int, temperature: float, seed: int) -> bytes:
+    """Samples ``length`` bytes after the prompt through the decode cache, the prompt in one call.
+
+    A temperature below ``GREEDY`` takes the likeliest byte. Beyond the length that the model was trained with, quality
+    falls.
     """
-    tokens = np.frombuffer(bytes([END]) + prompt.encode(), np.uint8).astype(np.int32)[None]
+    tokens = np.frombuffer(bytes([END]) + prompt, np.uint8).astype(np.int32)[None]
     model = nnx.eval_shape(lambda: CharLM(config, rngs=nnx.Rngs(0)))
     model.transformer.init_cache(1, tokens.shape[1] + length)
     graph, _, cache = nnx.split(model, nnx.Param, nnx.Cache)
@@ -319,7 +338,10 @@ def generate(config: Config, params: Any, prompt: str, length: int, temperature:
     def feed(params: Any, cache: Any, tokens: Array, key: Array) -> tuple[Array, Any]:
         model = nnx.merge(graph, params, cache)
         logits = model(tokens, decode=True)[:, -1]
-        token = jax.random.categorical(key, logits / temperature) if temperature else logits.argmax(-1)
+        if temperature < GREEDY:
+            token = logits.argmax(-1)
+        else:  # the greatest at 0, so that a low temperature gives no infinity but for what is never drawn
+            token = jax.random.categorical(key, (logits - logits.max(-1, keepdims=True)) / temperature)
         return token[:, None], nnx.state(model, nnx.Cache)
 
     key, sampled, token = jax.random.key(seed), [], jnp.asarray(tokens)
@@ -348,9 +370,7 @@ def _parser() -> argparse.ArgumentParser:
         "--fresh", action="store_true", help="delete the checkpoints of this output folder and start over"
     )
     parser.add_argument("--checkpoint-every", type=positive, help="steps; default: a quarter of them")
-    parser.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of training or of sampling; default: %(default)s"
-    )
+    parser.add_argument("--seed", type=seed, default=0, help="of training or of sampling; default: %(default)s")
     size = parser.add_argument_group("size", "defaults: the preset's")
     for name in ("features", "layers", "heads", "context", "batch", "steps", "eval-every", "eval-windows"):
         size.add_argument(f"--{name}", type=positive)
@@ -362,7 +382,10 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument("--generate", metavar="PROMPT", help="sample from the checkpoint instead of training")
     sampling.add_argument("--length", type=positive, default=400, help="bytes to sample; default: %(default)s")
     sampling.add_argument(
-        "--temperature", type=number(float, 0), default=0.7, help="0 takes the likeliest byte; default: %(default)s"
+        "--temperature",
+        type=number(float, 0),
+        default=0.7,
+        help=f"0, like all below {GREEDY:.2g}, takes the likeliest byte; default: %(default)s",
     )
     return parser
 
@@ -388,9 +411,10 @@ def _sample_from(args: argparse.Namespace, checkpoints: Checkpoints) -> None:
             flag = name.replace("_", "-")
             raise RunError(f"argument --{flag}: {given}, but the checkpoint has {getattr(config, name)}; leave it out")
     params = checkpoints.params(latest, abstract_model(config)[1])
-    sampled = generate(config, params, args.generate, args.length, args.temperature, args.seed)
+    prompt = os.fsencode(args.generate)  # as it was typed: it may be no UTF-8
+    sampled = generate(config, params, prompt, args.length, args.temperature, args.seed)
     print(f"---- {TITLES[config.attention]} after {latest} steps")
-    print(args.generate + sampled.replace(bytes([END]), b"\n[end of file]\n").decode(errors="replace"))
+    print((prompt + sampled.replace(bytes([END]), b"\n[end of file]\n")).decode(errors="replace"))
 
 
 def _sizes(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,8 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -134,6 +136,33 @@ def test_sweep(example, tmp_path, monkeypatch, capsys):
         example.main([*SMALL, "--output-dir", str(tmp_path), "--steps", "31"])
     assert stop.value.code == 1
     assert "steps 30, not 31" in capsys.readouterr().err
+
+
+def test_training_of_one_step(import_example):
+    """Its learning rate is the full one, and the validation picks a rate that did not diverge."""
+    sweep = import_example("sweep")
+    params = {"kernel": np.ones(3, np.float32)}
+    optimizer = sweep.Budget(1, (0.25,), 0.0, 0).optimizer(0.25)
+    update = optimizer.update(params, optimizer.init(params), params)[0]["kernel"]
+    np.testing.assert_allclose(update, -0.25, rtol=1e-5)  # Adam's first step has length 1
+    assert sweep.best_rate(np.array([np.nan, -3.0, -2.0, np.inf])) == 2
+
+
+def test_training_that_diverges_ends(import_example):
+    sweep = import_example("sweep")
+    budget = sweep.Budget(1, (0.25,), 0.0, 0)
+    job = sweep.Job(lambda rngs: nnx.Linear(1, 1, rngs=rngs), lambda *_: jnp.float32(jnp.nan), lambda *_: 0.0, budget)
+    with pytest.raises(import_example("runs").RunError, match="every learning rate diverged"):
+        job.compile().run(Mock())
+
+
+def test_every_rate_diverges(import_example, example, tmp_path, monkeypatch, capsys):
+    nothing = import_example("sweep").Outcome(np.full((2, 20), 1.0), np.full((2, 16), np.nan), np.full((2, 16), np.nan))
+    monkeypatch.setattr(example, "run_all", lambda jobs: [(jobs[0][0], nothing)])
+    with pytest.raises(SystemExit) as stop:
+        example.main([*SMALL, "--output-dir", str(tmp_path)])
+    assert stop.value.code == 1
+    assert "error: every learning rate diverged; lower --rates" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

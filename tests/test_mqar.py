@@ -166,6 +166,15 @@ def test_folder_that_cannot_be_written(example, tmp_path, monkeypatch, capsys):
         assert f"argument --output-dir: cannot write in {folder}: " in capsys.readouterr().err
 
 
+def test_every_rate_diverges(import_example, example, tmp_path, monkeypatch, capsys):
+    nothing = import_example("sweep").Outcome(np.full((2, 20), 1.0), np.full(2, np.nan), np.full(2, np.nan))
+    monkeypatch.setattr(example, "run_all", lambda jobs: [(jobs[0][0], nothing)])
+    with pytest.raises(SystemExit) as stop:
+        example.main([*SMALL, "--output-dir", str(tmp_path)])
+    assert stop.value.code == 1
+    assert "error: every learning rate diverged; lower --rates" in capsys.readouterr().err
+
+
 def test_dtype_by_width(example):
     """auto is bfloat16 where a head is wide, and what the full size takes."""
     assert example.PRESETS["full"]["dtype"] == "auto"
@@ -189,6 +198,7 @@ def test_dtype_by_width(example):
         ("--rates inf", "--rates"),
         ("--batch -1", "--batch"),
         ("--seed -1", "--seed"),
+        ("--seed 4294967296", "--seed"),  # 2**32, which is 0 in the 32 bits that jax.random.key takes
         ("--dtype float16", "--dtype"),
         ("--implementation cuda", "--implementation"),
     ],

@@ -145,16 +145,18 @@ def config(example: ModuleType, attention: str, **changes):
     return example.Config(attention, None, seed=0, text="", **given)
 
 
-@pytest.mark.parametrize("attention", ["lla", "softmax"])
-def test_greedy_sampling_is_the_full_forward_pass(example, attention):
+# 0 in float32, and one over which the logits are not finite
+@pytest.mark.parametrize(("attention", "temperature"), [("lla", 1e-300), ("softmax", 2e-38)])
+def test_greedy_sampling_is_the_full_forward_pass(example, attention, temperature):
     """Through the cache, byte by byte, as if the whole text were read again for each."""
     setting = config(example, attention)
     model = nnx.jit(lambda: example.CharLM(setting, rngs=nnx.Rngs(3)))()
     params = nnx.to_pure_dict(nnx.state(model))
-    sampled = example.generate(setting, params, "import ", 12, 0.0, 0)
+    sampled = example.generate(setting, params, b"import ", 12, 0.0, 0)
     text = b"\0import " + sampled
     logits = nnx.jit(model)(jnp.asarray(np.frombuffer(text, np.uint8), jnp.int32)[None])[0]
     assert bytes(np.asarray(logits.argmax(-1))[7:-1].astype(np.uint8)) == sampled
+    assert example.generate(setting, params, b"import ", 12, temperature, 0) == sampled
 
 
 def test_sampling_from_a_checkpoint(example, finished, capsys):
@@ -165,6 +167,13 @@ def test_sampling_from_a_checkpoint(example, finished, capsys):
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] != printed[2]
     assert printed[0].startswith(f"---- LLA after {STEPS} steps\ndef ")
+
+
+def test_prompt_that_is_no_text(example, finished, capsys):
+    """A file's bytes in the shell's argument, cut within a character."""
+    flags = ["--output-dir", str(finished[0]), "--length", "1", "--generate"]
+    example.main([*flags, os.fsdecode(b"caf\xc3")])
+    assert "caf\N{REPLACEMENT CHARACTER}" in capsys.readouterr().out
 
 
 def test_decay_leaves_out_ridge_norms_and_biases(example):
@@ -223,6 +232,7 @@ def test_text_is_the_library_alone(example, tmp_path, monkeypatch):
         ("--warmup 0 --learning-rate nan", "--learning-rate"),
         ("--temperature -1", "--temperature"),
         ("--seed -1", "--seed"),
+        ("--seed 4294967296", "--seed"),  # 2**32, which is 0 in the 32 bits that jax.random.key takes
         ("--length 0 --generate x", "--length"),
         ("--dtype float16", "--dtype"),
     ],
@@ -339,6 +349,12 @@ def test_folder_that_cannot_be_written(example, tmp_path, monkeypatch, capsys):
     (tmp_path / "part" / "softmax").write_text("")
     for folder in (tmp_path / "file", tmp_path / "part", Path("/proc/nope")):
         assert "argument --output-dir: cannot write in " in refusal(example, capsys, folder, "--attention", "both")
+
+
+def test_validation_loss_that_is_not_finite(instant, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(instant.Trainer, "evaluate", lambda *_: float("nan"))
+    line = refusal(instant, capsys, tmp_path, *INSTANT)
+    assert line.endswith("the validation loss is nan after step 2; lower --learning-rate")
 
 
 def test_report_that_cannot_be_written(instant, tmp_path, capsys):
