@@ -245,7 +245,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     remarks.append(
         f"{jax.devices()[0].device_kind}, {config.steps} steps of {config.batch} sequences of {config.length}"
     )
-    carry_out(parser, args, config, "in_context_regression", run=run, table=table, plot=plot, remarks=remarks)
+    losses = len(range(0, config.steps, max(1, config.steps // 200)))
+    shapes = {"error": (), "error_by_position": (config.length,), "rate": (), "loss": (losses,)}
+    name = "in_context_regression"
+    carry_out(parser, args, config, name, run=run, table=table, plot=plot, shapes=shapes, remarks=remarks)
 
 
 if __name__ == "__main__":

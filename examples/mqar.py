@@ -249,7 +249,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = _config(parser, args)
     remarks = ["a small version of the task; --preset full has the published sizes"] if args.preset == "small" else []
     remarks.append(f"{jax.devices()[0].device_kind}, {config.steps} steps of {config.batch} sequences")
-    carry_out(parser, args, config, "mqar", run=run, table=table, plot=plot, remarks=remarks)
+    shapes = {"accuracy": (), "rate": (), "loss": (len(range(0, config.steps, max(1, config.steps // 100))),)}
+    carry_out(parser, args, config, "mqar", run=run, table=table, plot=plot, shapes=shapes, remarks=remarks)
 
 
 if __name__ == "__main__":

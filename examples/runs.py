@@ -103,7 +103,14 @@ class Checkpoints:
 
     def config(self, step: int) -> dict[str, Any]:
         """What :meth:`save` was given as such."""
-        return self._restore(step, config=ocp.args.JsonRestore()).config
+        config = self._restore(step, config=ocp.args.JsonRestore()).config
+        if not isinstance(config, dict):
+            folder = self.directory / str(step)
+            raise RunError(
+                f"cannot read the checkpoint {folder}: its config is no JSON object; delete it, or start over with "
+                "--fresh"
+            )
+        return config
 
     def check_config(self, step: int, config: dict[str, Any]) -> None:
         """Refuses a checkpoint that was made with another configuration."""

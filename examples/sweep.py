@@ -64,12 +64,16 @@ def carry_out(
     run: Callable[..., None],
     table: Callable[..., str],
     plot: Callable[..., Any],
+    shapes: dict[str, tuple[int, ...]],
     remarks: Sequence[str],
 ) -> None:
-    """Trains what is missing in the output folder, then prints the remarks and the table and writes the plot."""
+    """Trains what is missing in the output folder, then prints the remarks and the table and writes the plot.
+
+    ``shapes`` are of the numbers in a result that table and plot read.
+    """
     output = args.output_dir or Path("outputs") / name / args.preset
     try:
-        results = Results(output / "results.json", dataclasses.asdict(config), args.fresh)
+        results = Results(output / "results.json", dataclasses.asdict(config), shapes, args.fresh)
         run(config, results)
         for remark in remarks:
             print(remark)
@@ -208,19 +212,27 @@ def run_all(jobs: Sequence[tuple[str, Callable[[], Job]]]) -> Iterator[tuple[str
             compiler.shutdown(wait=False, cancel_futures=True)
 
 
+def _has_numbers(result: Any, shapes: dict[str, tuple[int, ...]]) -> bool:
+    if not isinstance(result, dict):
+        return False
+    arrays = {name: np.asarray(result.get(name)) for name in shapes}
+    return all(arrays[name].dtype.kind in "if" and arrays[name].shape == shape for name, shape in shapes.items())
+
+
 class Results:
     """Finished jobs by name in a JSON file, so that a sweep that was stopped goes on with what is missing.
 
     Args:
         path: the file; read if it exists.
         config: what the results depend on; a file with another one is refused.
+        shapes: of the numbers in a result, by name; a file where they differ is refused.
         fresh: whether to begin anew.
 
     Raises:
         RunError: The file is not readable or is of another configuration, or nothing can be written in its folder.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], fresh: bool):
+    def __init__(self, path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], fresh: bool):
         self._path, self._config = path, json.loads(json.dumps(config))
         self.finished: dict[str, Any] = {}
         prepare_folder(path.parent)
@@ -229,11 +241,17 @@ class Results:
         if not path.exists():
             return
         try:
-            found = json.loads(path.read_text())
-            found_config, self.finished = found["config"], found["finished"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            match json.loads(path.read_text()):
+                case {"config": dict(found), "finished": dict(finished)}:
+                    check_config(str(path), found, self._config)
+                    self.finished = finished
+                case _:
+                    raise ValueError('it has no "config" and "finished"')
+            for name, result in self.finished.items():
+                if not _has_numbers(result, shapes):
+                    raise ValueError(f'the result "{name}" is damaged')
+        except (OSError, ValueError) as error:
             raise RunError(f"cannot read {path}: {error}; delete it, or start over with --fresh") from error
-        check_config(str(path), found_config, self._config)
 
     def _delete(self) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -133,11 +134,21 @@ def test_sweep(example, tmp_path, capsys):
             example.main([*flags, *change])
         assert stop.value.code == 1
         assert message in capsys.readouterr().err
-    (tmp_path / "results.json").write_text("{")
-    with pytest.raises(SystemExit) as stop:
-        example.main(flags)
-    assert stop.value.code == 1
-    assert "cannot read" in capsys.readouterr().err
+    good = json.loads((tmp_path / "results.json").read_text())
+    entry = finished["lla width 8 length 16"]
+    damaged = [good | {"finished": {"lla": x}} for x in (1, entry | {"rate": "x"}, entry | {"loss": [1.0, [2.0]]})]
+    for text in ("{", "[]", *map(json.dumps, [good | {"config": []}, good | {"finished": []}, *damaged])):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            example.main(flags)
+        assert stop.value.code == 1
+        assert "cannot read" in capsys.readouterr().err
+
+
+def test_committed_results_are_read(example, tmp_path, capsys):
+    shutil.copy(ROOT / "benchmarks" / "results" / "mqar_h200.json", tmp_path / "results.json")
+    example.main(["--preset", "full", "--output-dir", str(tmp_path)])
+    assert "results: " in capsys.readouterr().out
 
 
 def test_interrupted_when_fresh(example, tmp_path, monkeypatch, capsys):

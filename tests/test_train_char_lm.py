@@ -265,6 +265,10 @@ def test_checkpoints_that_do_not_serve(example, finished, tmp_path, capsys):
     about.write_text(json.dumps(json.loads(about.read_text()) | {"text": "0"}))
     assert "text 0, not " in refusal(example, capsys, tmp_path / "other text", *SMALL)
 
+    about.write_text("[1]")
+    for flags in (SMALL, ["--generate", "x"]):
+        assert "its config is no JSON object" in refusal(example, capsys, tmp_path / "other text", *flags)
+
     shutil.copytree(finished[0], tmp_path / "damaged")
     for path in (tmp_path / "damaged" / "lla" / str(STEPS) / "params").rglob("d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
