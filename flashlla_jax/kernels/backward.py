@@ -237,15 +237,14 @@ def key_gradients(dk, dk_u, dv, keys, V, k_base, n0, low, high, head, batch, T, 
         lse, a0 = load_pairs(lse_a0_ptr + pairs, m0, BM)
         b0, c0 = load_pairs(b0_c0_ptr + pairs, m0, BM)
         s = tl.dot(K, tl.trans(Q), input_precision=PRECISION)
-        a = tl.zeros((BN, BM), tl.float32)
+        a = tl.dot(K, tl.trans(X), input_precision=PRECISION)
         b = tl.dot(V, tl.trans(G), input_precision=PRECISION)
-        if LOW:  # before the large halves, as in the forward pass
+        b = tl.dot(K, tl.trans(U), acc=b, input_precision=PRECISION)
+        if LOW:  # not before the large halves, as elsewhere: three times the spills in float32
             X_lo = load_tile(x_lo, m0, T, QSTRIDE, D, BM, DP, EDGE, UPCAST)
             U_lo = load_tile(u_lo, m0, T, QSTRIDE, D, BM, DP, EDGE, UPCAST)
             a = tl.dot(K, tl.trans(X_lo), acc=a, input_precision=PRECISION)
             b = tl.dot(K, tl.trans(U_lo), acc=b, input_precision=PRECISION)
-        a = tl.dot(K, tl.trans(X), acc=a, input_precision=PRECISION)
-        b = tl.dot(K, tl.trans(U), acc=b, input_precision=PRECISION)
         s = s * SCALE - lse[None, :]
         if EDGE and CAUSAL:
             seen = (n0 + tl.arange(0, BN))[:, None] <= (m0 + S - T + tl.arange(0, BM))[None, :]
