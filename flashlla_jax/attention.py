@@ -160,8 +160,8 @@ def lla_attention(
         NotImplementedError: The named implementation cannot serve this call here, or an array is sharded along its
             length or its last axis, or the key/value heads do not divide among the devices.
     """
-    is_causal = _check_flag("is_causal", is_causal)
-    return_residuals = _check_flag("return_residuals", return_residuals)
+    is_causal = check_flag("is_causal", is_causal)
+    return_residuals = check_flag("return_residuals", return_residuals)
     query, key, value = _check_arrays(query, key, value, is_causal)
     dim = query.shape[-1]
     ridge_lambda = _check_ridge(ridge_lambda, query)
@@ -171,8 +171,8 @@ def lla_attention(
         delta_eps=_check_number("delta_eps", delta_eps),
         cg_atol=None if cg_atol is None else _check_number("cg_atol", cg_atol),
         cg_rtol=None if cg_rtol is None else max(_check_number("cg_rtol", cg_rtol), _least_rtol(query)),
-        cg_max_iters=_default_max_iters(query) if cg_max_iters is None else _check_count("cg_max_iters", cg_max_iters),
-        cg_use_preconditioner=_check_flag("cg_use_preconditioner", cg_use_preconditioner),
+        cg_max_iters=_default_max_iters(query) if cg_max_iters is None else check_count("cg_max_iters", cg_max_iters),
+        cg_use_preconditioner=check_flag("cg_use_preconditioner", cg_use_preconditioner),
         precision=_check_precision(precision),
     )
     visible = canonical_mask(mask, key_value_seq_lengths, query, key)
@@ -257,7 +257,14 @@ def _no_triton() -> str | None:
     return None
 
 
+def check_implementation(name: Any) -> None:
+    if name is not None and name not in get_args(Implementation):
+        allowed = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"implementation must be one of {allowed} or None, got {name!r}")
+
+
 def _implementation(name: str | None, query: Array, value: Array, masked: bool) -> Callable[..., Any]:
+    check_implementation(name)
     if name is None:
         served = not (masked or _no_triton() or kernels.refusal(query, value))
         return dispatch.attention if served else blockwise.attention
@@ -265,16 +272,13 @@ def _implementation(name: str | None, query: Array, value: Array, masked: bool) 
         return blockwise.attention
     if name == "reference":
         return reference.attention
-    if name == "triton":
-        reason = "it takes no mask" if masked else kernels.refusal(query, value) or _no_triton()
-        if reason:
-            raise NotImplementedError(
-                f'implementation="triton" cannot serve this call: {reason}. '
-                'implementation="xla" runs on every platform, and None picks the best that runs'
-            )
-        return kernels.attention
-    allowed = ", ".join(map(repr, get_args(Implementation)))
-    raise ValueError(f"implementation must be one of {allowed} or None, got {name!r}")
+    reason = "it takes no mask" if masked else kernels.refusal(query, value) or _no_triton()
+    if reason:
+        raise NotImplementedError(
+            f'implementation="triton" cannot serve this call: {reason}. '
+            'implementation="xla" runs on every platform, and None picks the best that runs'
+        )
+    return kernels.attention
 
 
 def _check_arrays(query: Any, key: Any, value: Any, is_causal: bool) -> tuple[Array, Array, Array]:
@@ -386,19 +390,21 @@ def _check_number(name: str, value: Any, minimum: float = 0.0) -> float:
     return value
 
 
-def _check_count(name: str, value: Any) -> int:
+def check_count(name: str, value: Any) -> int:
     try:
         count = operator.index(value)
     except TypeError:
         count = None
     if count is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an int or None, got {value!r}")
-    if not 1 <= count < 2**31:
-        raise ValueError(f"{name} must be >= 1 and < 2**31, got {count}")
+    if count < 1:
+        raise ValueError(f"{name} must be >= 1, got {count}")
+    if count >= 2**31:  # steps are counted in int32
+        raise ValueError(f"{name} must be < 2**31, got {count}")
     return count
 
 
-def _check_flag(name: str, value: Any) -> bool:
+def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)

@@ -42,9 +42,9 @@ def _attend(
 ) -> Any:
     if mask is not None:
         key, value = without_unseen(query, key, value, mask, options.is_causal)
-    given = (query, key, value, lam) if mask is None else (query, key, value, lam, mask)
-    query, key, value, lam, *masks = varying_like(given, given)
-    return attend(query, key, value, lam, options, *(masks or (None,)))
+    given = (query, key, value, lam, mask)
+    query, key, value, lam, mask = varying_like(given, given)
+    return attend(query, key, value, lam, options, mask)
 
 
 class _Axes(NamedTuple):
@@ -68,7 +68,7 @@ def by_shard(attend: Callable[..., Any]) -> Callable[..., Any]:
                 f"the key/value heads must divide evenly among the {shards} shards of mesh axis {axes.heads!r}, got "
                 f"{key.shape[2]}; repeat them, or shard the batch instead"
             )
-        over = () if mask is None else tuple(n > 1 for n in mask.shape[:2])
+        over = (False, False) if mask is None else tuple(n > 1 for n in mask.shape[:2])
         return _sharded(attend, options, mesh, axes, over)(query, key, value, lam, mask)
 
     return call
@@ -107,18 +107,20 @@ def _sharded(
 ) -> Callable[..., Any]:
     rows = P(axes.batch, None, axes.heads)
     wide = P(axes.batch, None, axes.heads, None)
-    specs: tuple[Any, ...] = (wide, wide, wide, rows)
-    if mask_over:
-        specs += (P(*(axis if over else None for axis, over in zip(axes, mask_over, strict=True)), None, None),)
+    mask = P(*(axis if over else None for axis, over in zip(axes, mask_over, strict=True)), None, None)
+    specs = (wide, wide, wide, rows, mask)
 
-    def local(query: Array, key: Array, value: Array, lam: Array, mask: Array | None = None) -> Any:
+    def local(query: Array, key: Array, value: Array, lam: Array, mask: Array | None) -> Any:
         return _attend(attend, query, key, value, lam, options, mask)
 
     run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(wide, rows))
 
     @jax.jit
-    def call(query: Array, key: Array, value: Array, lam: Array, mask: Array | None) -> Any:
-        given = (query, key, value, lam) if mask is None else (query, key, value, lam, mask)
-        return run(*(jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(given, specs, strict=True)))
+    def call(*given: Array | None) -> Any:  # the mask may be None
+        placed: list[Any] = [
+            None if x is None else jax.sharding.reshard(x, NamedSharding(mesh, spec))
+            for x, spec in zip(given, specs, strict=True)
+        ]
+        return run(*placed)
 
     return call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from flashlla_jax.attention import Implementation, lla_attention
+from flashlla_jax.attention import Implementation, check_count, check_flag, check_implementation, lla_attention
 from flashlla_jax.interface import accumulation_dtype
 from flashlla_jax.nn.decode import decode_step
 from flashlla_jax.nn.rope import rotate
@@ -63,19 +63,14 @@ class Cache(NamedTuple):
 
 def check_operator(cg_max_iters: Any, implementation: Any) -> None:
     """What ``lla_attention`` refuses in every call."""
-    if cg_max_iters is not None and (isinstance(cg_max_iters, bool) or not isinstance(cg_max_iters, int | np.integer)):
-        raise TypeError(f"cg_max_iters must be an int or None, got {cg_max_iters!r}")
-    if cg_max_iters is not None and cg_max_iters < 1:
-        raise ValueError(f"cg_max_iters must be >= 1, got {cg_max_iters}")
-    if implementation is not None and implementation not in get_args(Implementation):
-        allowed = ", ".join(map(repr, get_args(Implementation)))
-        raise ValueError(f"implementation must be one of {allowed} or None, got {implementation!r}")
+    if cg_max_iters is not None:
+        check_count("cg_max_iters", cg_max_iters)
+    check_implementation(implementation)
 
 
 def check_flags(**flags: Any) -> None:
     for name, flag in flags.items():
-        if not isinstance(flag, bool | np.bool_):
-            raise TypeError(f"{name} must be True or False, got {flag!r}")
+        check_flag(name, flag)
 
 
 def check_dropout(dropout_rate: float) -> None:
