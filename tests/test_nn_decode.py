@@ -209,7 +209,7 @@ class TestStep:
 
     @pytest.fixture
     def small_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(decode_module, "_BLOCK_SIZE", 1)  # of one key
+        monkeypatch.setattr(decode_module, "_BLOCK_SIZE", 1)  # of D = 8 keys, the least
 
     def compare(self, dtype: str, kind: str, ridge: float, mask: Any = None, filled: int = 60) -> float:
         """Three tokens over ``filled`` positions of a cache of 70; the error of the worst row."""
@@ -306,7 +306,7 @@ class TestGradient:
     @pytest.mark.parametrize("masked", [False, True])
     def test_of_the_step(self, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of every argument, over many blocks; by a mask, one token sees nothing and one key is seen by none."""
-        monkeypatch.setattr(decode_module, "_BLOCK_SIZE", 600)  # of three keys
+        monkeypatch.setattr(decode_module, "_BLOCK_SIZE", 1)  # of D = 8 keys, the least
         filled, capacity = 20, 29
         q, k, v, g = draw(Shape(2, 3, capacity, 4, 2, 8, 6), "float64")
         mask = None

@@ -26,7 +26,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flashlla_jax.interface import accumulation_dtype, usable_ridge
 
-# Numbers in the largest temporary, the centred keys and values of one block for every query: 16 MiB in float32.
+# Numbers in the largest temporary, the centred keys and values of one block for every query: 16 MiB in float32. But a
+# block has D keys at least, when it is as large as the covariances: shorter ones would mostly read and write those.
 _BLOCK_SIZE = 2**22
 
 
@@ -109,7 +110,7 @@ def _accumulate(
     rows = tokens * (heads // kv_heads)
     dtype = query.dtype
     numbers_per_key = batch * kv_heads * rows * (dim + value_dim)
-    block = max(1, min(capacity, _BLOCK_SIZE // max(1, numbers_per_key)))  # an empty batch has no numbers
+    block = max(1, min(capacity, max(dim, _BLOCK_SIZE // max(1, numbers_per_key))))  # an empty batch has no numbers
     q = _by_row(jnp.moveaxis(query, 1, 2), kv_heads)
     last = index + jnp.arange(tokens, dtype=jnp.int32)  # the last position that each token sees
 
