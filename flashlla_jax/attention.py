@@ -115,7 +115,8 @@ def lla_attention(
 
     Differentiable in ``query``, ``key``, ``value`` and ``ridge_lambda``, in reverse mode; a second time too, but by
     Triton. Works under ``jax.jit``, ``jax.vmap``, ``jax.checkpoint``, ``jax.lax.scan`` and ``jax.shard_map``. On a mesh
-    with explicit axes the arrays may be sharded along the batch and the heads; each device computes its own.
+    with explicit axes, or with automatic ones under ``jax.jit``, the arrays may be sharded along the batch and the
+    heads; each device computes its own.
 
     Args:
         query: ``(B, S, D)``, or ``(B, T, N, H)`` with N heads. bfloat16, float16, float32 or float64.

@@ -1,7 +1,8 @@
 """Calls on several devices: each computes the batch entries and heads that it holds, and none needs another's.
 
 Inside ``jax.shard_map`` that is so by itself; JAX then wants to know of every array over which mesh axes it varies. On
-a mesh with explicit axes the call goes through ``jax.shard_map``.
+a mesh with explicit axes the call goes through ``jax.shard_map``. On one with automatic axes XLA divides what it can
+see into; what it cannot, it is told how to divide.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -124,3 +126,52 @@ def _sharded(
         return run(*placed)
 
     return call
+
+
+def divisible(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, opaque to XLA, as what XLA may divide by batch and heads on a mesh with automatic axes.
+
+    Its first arguments are query and key; of all its arrays, in and out, axis 0 is the batch, and axis 2 the heads, the
+    key/value heads, or 1. On one device nothing changes: ``run`` is lowered as it is.
+    """
+    divided = custom_partitioning(lambda *arrays: run(*arrays))  # which would fill in a partial's keywords
+
+    def partition(mesh: Any, given: Any, results: Any) -> Any:
+        query, key = given[:2]
+        batch, _, heads, _ = query.sharding.spec
+        if key.shape[2] % _size(mesh, heads):
+            heads = None  # a group of query heads needs its key head
+
+        def place(x: Any) -> NamedSharding:
+            axes = (batch, None, heads if x.shape[2] > 1 else None)
+            return NamedSharding(mesh, P(*axes, *(None for _ in x.shape[3:])))
+
+        return mesh, run, jax.tree.map(place, results), jax.tree.map(place, given)
+
+    divided.def_partition(partition, sharding_rule=_rule)
+
+    def call(*arrays: Any) -> Any:
+        # inside jax.shard_map it is divided already
+        inside = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+        return (run if inside else divided)(*arrays)
+
+    return call
+
+
+def _rule(mesh: Any, given: Any, results: Any) -> tuple[str, dict[str, Any]]:
+    """In the notation of ``custom_partitioning``: which axes of the arrays are divided together, and which are not."""
+    kv_heads = given[1].shape[2]
+    whole: list[str] = []
+
+    def axes(x: Any) -> str:
+        heads = "" if kv_heads == 1 else {1: "", kv_heads: "heads"}.get(x.shape[2], "(heads group)")
+        names = ["batch", "", heads, *("" for _ in x.shape[3:])]
+        for i, name in enumerate(names):
+            if not name:
+                names[i] = f"whole{len(whole)}"
+                whole.append(names[i])
+        return " ".join(names)
+
+    rule = " -> ".join(", ".join(axes(x) for x in arrays) for arrays in (given, results))
+    sizes = {"group": given[0].shape[2] // kv_heads} if "group" in rule else {}
+    return rule, {"need_replication_factors": tuple(whole), **sizes}

@@ -139,6 +139,25 @@ def test_every_device_launches_its_own(
     assert "all_gather" not in text
 
 
+@pytest.mark.parametrize("implementation", ["triton", None])
+def test_xla_is_told_how_to_divide_them(implementation: Implementation | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a mesh with automatic axes; the launches appear when XLA has divided the program, which takes GPUs."""
+    monkeypatch.setattr(flashlla_jax.attention, "_no_triton", lambda: None)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:2])
+
+    def run(*args: jax.Array) -> Any:
+        attend = partial(lla_attention, implementation=implementation)
+        o, vjp = jax.vjp(lambda *args: attend(*args[:3], ridge_lambda=args[3]), *args)
+        return vjp(o)
+
+    place = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P("x")))
+    args = [place((2, *x.shape[1:]), x.dtype) for x in arguments(SMALL, "bfloat16")]
+    traced = jax.jit(run).trace(*args)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@CustomSPMDPartitioning") == 2
+    if implementation is None:
+        assert "CustomSPMDPartitioning" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
 def test_second_derivatives_are_refused() -> None:
     def gradient(*args: jax.Array) -> Any:
         return choice(*args)[-1]

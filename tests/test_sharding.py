@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,8 +15,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flashlla_jax import lla_attention
+import flashlla_jax.attention
+from flashlla_jax import blockwise, lla_attention
 from flashlla_jax.attention import Implementation
+from flashlla_jax.interface import Options
+from flashlla_jax.kernels import attention as kernels
 from tests.cases import Shape, draw
 
 SHAPE = Shape(batch=2, queries=12, keys=20, heads=4, kv_heads=2, dim=8, value_dim=12)
@@ -113,6 +118,72 @@ def test_automatic_mesh(spec: P) -> None:
     placed = [jax.device_put(x, NamedSharding(mesh(AxisType.Auto), spec)) for x in (q, k, v)]
     run = jax.jit(lambda *qkv: value_and_gradients(attend, *qkv))
     assert_alike(run(*placed), value_and_gradients(attend, q, k, v))
+
+
+Shapes = list[tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shapes]:
+    """The XLA path in place of the kernels, its arrays laid out as theirs. Yields the shapes it is given."""
+    given: Shapes = []
+
+    def forward(q: Any, k: Any, v: Any, lam: Any, options: Options) -> Any:
+        given.append((q.shape, k.shape))
+        (o, residuals), _ = blockwise.forward(q, k, v, lam, options)
+        none = jnp.zeros((q.shape[0], 1, 1), jnp.float32)
+        return o, kernels._Saved(q, none[..., None], lam, none, lam), residuals
+
+    def backward(q: Any, k: Any, v: Any, lam: Any, saved: Any, g: Any, options: Options) -> Any:
+        given.append((q.shape, k.shape))
+        _, saved = blockwise.forward(q, k, v, lam, options)
+        return blockwise.backward(q, k, v, lam, saved, g, options)
+
+    def forget() -> None:
+        jax.clear_caches()
+        kernels._vmappable_forward.cache_clear()
+        kernels._vmappable_backward.cache_clear()
+
+    monkeypatch.setattr(kernels, "_forward", forward)
+    monkeypatch.setattr(kernels, "_backward", backward)
+    monkeypatch.setattr(flashlla_jax.attention, "_no_triton", lambda: None)
+    forget()
+    yield given
+    forget()
+
+
+@pytest.mark.parametrize(
+    ("spec", "kv_heads", "local"),
+    [
+        (BATCH, 2, ((1, 12, 4, 8), (1, 20, 2, 8))),
+        (HEADS, 2, ((2, 12, 2, 8), (2, 20, 1, 8))),
+        (HEADS, 4, ((2, 12, 2, 8), (2, 20, 2, 8))),
+        (HEADS, 1, ((2, 12, 4, 8), (2, 20, 1, 8))),  # one key head: every device computes all
+        (P(None, "x"), 2, ((2, 12, 4, 8), (2, 20, 2, 8))),  # the length cannot be divided
+    ],
+    ids=str,
+)
+def test_kernels_on_an_automatic_mesh(spec: P, kv_heads: int, local: Any, stand_ins: Shapes) -> None:
+    """XLA cannot see into the kernels: it is told that batch and heads may be divided, and does so."""
+
+    def attend(*qkv: jax.Array) -> jax.Array:
+        return lla_attention(*qkv, implementation="triton")
+
+    inputs = draw(dataclasses.replace(SHAPE, kv_heads=kv_heads), "float32")[:3]
+    on = mesh(AxisType.Auto)
+    by = [spec, P() if kv_heads == 1 else spec, P() if kv_heads == 1 else spec]
+    placed = [jax.device_put(x, NamedSharding(on, s)) for x, s in zip(inputs, by, strict=True)]
+    lowered = jax.jit(lambda *qkv: value_and_gradients(attend, *qkv)).lower(*placed)
+    stand_ins.clear()
+    run = lowered.compile()
+    assert set(stand_ins) == {local}
+    divided = local != ((2, 12, 4, 8), (2, 20, kv_heads, 8))
+    assert ("all-gather" in run.as_text()) != divided
+    got = run(*placed)
+    if divided:
+        assert all(x.sharding == y.sharding for x, y in zip((got[0], *got[1]), (placed[0], *placed), strict=True))
+    xla = partial(lla_attention, implementation="xla")
+    assert_alike(got, value_and_gradients(xla, *inputs))
 
 
 @pytest.mark.parametrize(

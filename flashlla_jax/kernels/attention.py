@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from flashlla_jax.interface import Options, Residuals, differentiable, usable_ridge
 from flashlla_jax.kernels import launch as launching
+from flashlla_jax.sharding import divisible
 
 _LOG2_E = math.log2(math.e)
 _LARGEST_DIM = 256
@@ -233,12 +234,12 @@ def _folding(f: Any) -> Any:
 
 @cache
 def _vmappable_forward(options: Options) -> Any:
-    return _folding(partial(_forward, options=options))
+    return _folding(divisible(partial(_forward, options=options)))
 
 
 @cache
 def _vmappable_backward(options: Options) -> Any:
-    return _folding(partial(_backward, options=options))
+    return _folding(divisible(partial(_backward, options=options)))
 
 
 def forward(
