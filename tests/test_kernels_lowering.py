@@ -21,13 +21,14 @@ from flashlla_jax.interface import Options
 from flashlla_jax.kernels import attention
 from tests.cases import Shape, draw
 
+_WITHOUT_PLUGIN = "jax-triton lowers with JAX's plugin only: pip install --no-deps jax-cuda13-plugin, JAX's version"
 try:
     import jax_triton
     from jaxlib import gpu_triton
-except ImportError as error:  # jax-triton 0.3 without JAX's CUDA plugin
-    pytest.skip(f"jax-triton cannot be imported here: {error}", allow_module_level=True)
+except ImportError:  # jax-triton 0.3
+    pytest.skip(_WITHOUT_PLUGIN, allow_module_level=True)
 if not hasattr(gpu_triton, "TritonKernel"):  # jax-triton 0.4 finds out when it lowers
-    pytest.skip("jax-triton needs JAX's CUDA plugin to lower", allow_module_level=True)
+    pytest.skip(_WITHOUT_PLUGIN, allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
