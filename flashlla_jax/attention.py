@@ -343,7 +343,8 @@ def _check_ridge(ridge_lambda: Any, query: Array) -> Array:
             known = np.asarray(ridge_lambda).astype(dtype)
     if known is not None and not np.all(known > 0):
         what = "an array whose minimum is " if known.ndim else ""
-        raise ValueError(f"ridge_lambda must be > 0 (in {dtype.name}), got {what}{np.asarray(ridge_lambda).min()}")
+        given: Any = np.asarray(ridge_lambda)
+        raise ValueError(f"ridge_lambda must be > 0 (in {dtype.name}), got {what}{given.min()}")
     target = query.shape[:-1]
     axes = "(B, S)" if query.ndim == 3 else "(B, T, N)"
     shape = np.shape(ridge_lambda)

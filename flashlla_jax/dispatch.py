@@ -38,7 +38,8 @@ def _run(*args: Array, jaxpr: ClosedJaxpr) -> Any:
 
 
 def _stand_in(*_: Array, jaxpr: ClosedJaxpr) -> Any:
-    return [jnp.zeros(x.shape, x.dtype) for x in jaxpr.out_avals]
+    outputs: list[Any] = list(jaxpr.out_avals)
+    return [jnp.zeros(x.shape, x.dtype) for x in outputs]
 
 
 def _batched(args: Any, axes: Any, *, jaxpr: ClosedJaxpr) -> Any:
