@@ -120,18 +120,12 @@ def patched(entry: Entry, launch: Launch) -> Iterator[None]:
     rows = launching.entries(entry.kernel, entry.operand_bytes, launching.capability())
     before = rows[entry.dim]
     rows[entry.dim] = launch
-    forget_traces()
+    kernels.forget_traces()
     try:
         yield
     finally:
         rows[entry.dim] = before
-        forget_traces()
-
-
-def forget_traces() -> None:
-    jax.clear_caches()
-    kernels._vmappable_forward.cache_clear()
-    kernels._vmappable_backward.cache_clear()
+        kernels.forget_traces()
 
 
 @dataclass
@@ -249,7 +243,7 @@ def tune(todo: list[Entry], repeats: int, budget: float) -> None:
                         raise TimeoutError(f"not tried, {budget:g} s are over")
                     if entry.dim not in problems:
                         problems.clear()  # one in memory at a time
-                        forget_traces()
+                        kernels.forget_traces()
                         backward = any(e.kernel != "forward" for e in todo if e.dim == entry.dim)
                         problems[entry.dim] = Problem.draw(entry.operand_bytes, entry.dim, backward)
                     times, results = attempt(problems[entry.dim], entry, launch, repeats)
@@ -269,7 +263,7 @@ def attempt(problem: Problem, entry: Entry, launch: Launch, repeats: int) -> tup
     """Milliseconds of a kernel so launched and its results, for each ridge. Raises what running it raises."""
     if entry.kernel == "key" and problem.query_seconds is None:
         # the same number is taken off every candidate: it does not change their order
-        forget_traces()
+        kernels.forget_traces()
         problem.query_seconds = problem.seconds("query", 2 * repeats)[0]
     with patched(entry, launch):
         seconds, results = problem.seconds(entry.kernel, repeats)

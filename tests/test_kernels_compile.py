@@ -118,9 +118,7 @@ def launches(capability: int, dtype: str, dim: int, precision: str) -> dict[str,
 
     q, k = (jax.ShapeDtypeStruct((1, 1024, heads, dim), dtype) for heads in (2, 1))
     # what was traced for another GPU must not serve this one
-    jax.clear_caches()
-    attention._vmappable_forward.cache_clear()
-    attention._vmappable_backward.cache_clear()
+    attention.forget_traces()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "call", call)
         patch.setattr(launch, "capability", lambda: capability)

@@ -139,17 +139,12 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shapes]:
         _, saved = blockwise.forward(q, k, v, lam, options)
         return blockwise.backward(q, k, v, lam, saved, g, options)
 
-    def forget() -> None:
-        jax.clear_caches()
-        kernels._vmappable_forward.cache_clear()
-        kernels._vmappable_backward.cache_clear()
-
     monkeypatch.setattr(kernels, "_forward", forward)
     monkeypatch.setattr(kernels, "_backward", backward)
     monkeypatch.setattr(flashlla_jax.attention, "_no_triton", lambda: None)
-    forget()
+    kernels.forget_traces()
     yield given
-    forget()
+    kernels.forget_traces()
 
 
 @pytest.mark.parametrize(

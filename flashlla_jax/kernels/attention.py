@@ -242,6 +242,13 @@ def _vmappable_backward(options: Options) -> Any:
     return _folding(divisible(partial(_backward, options=options)))
 
 
+def forget_traces() -> None:
+    """For tests and benchmarks, which replace what JAX's traces do not depend on: launches, arithmetic, the GPU."""
+    jax.clear_caches()
+    _vmappable_forward.cache_clear()
+    _vmappable_backward.cache_clear()
+
+
 def forward(
     query: Array, key: Array, value: Array, ridge_lambda: Array, options: Options
 ) -> tuple[tuple[Array, Residuals], _Saved]:

@@ -57,10 +57,8 @@ def narrow(split_below: float, low_above: float, careful_above: float) -> Arithm
 
 def forget() -> None:
     """JAX keeps traces by function and options, neither of which knows what is patched."""
-    jax.clear_caches()
     outputs_and_gradients.cache_clear()
-    kernels._vmappable_forward.cache_clear()
-    kernels._vmappable_backward.cache_clear()
+    kernels.forget_traces()
 
 
 @contextmanager
