@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flashlla_jax.attention
@@ -49,12 +49,16 @@ def forward(shape: Shape) -> Callable[..., Any]:
     return lambda *args: attention.attention(*args, options)[0]
 
 
-def gradients(shape: Shape) -> Callable[..., Any]:
+def with_gradients(f: Callable[..., jax.Array]) -> Callable[..., Any]:
     def run(*args: jax.Array) -> Any:
-        o, vjp = jax.vjp(forward(shape), *args)
+        o, vjp = jax.vjp(f, *args)
         return o, vjp(o)
 
     return run
+
+
+def gradients(shape: Shape) -> Callable[..., Any]:
+    return with_gradients(forward(shape))
 
 
 def kernels(f: Callable[..., Any], *args: Any) -> int:
@@ -115,27 +119,30 @@ def test_the_choice_can_be_mapped() -> None:
     assert kernels(jax.vmap(choice), *args) == 3
 
 
+def public(implementation: Implementation | None) -> Callable[..., jax.Array]:
+    return lambda *args: lla_attention(*args[:3], ridge_lambda=args[3], implementation=implementation)
+
+
+def two_devices(kind: AxisType) -> Mesh:
+    return jax.make_mesh((2,), ("x",), axis_types=(kind,), devices=jax.devices("cpu")[:2])
+
+
+def batch_of_two(sharding: NamedSharding | None) -> list[jax.ShapeDtypeStruct]:
+    given = arguments(SMALL, "bfloat16")
+    return [jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype, sharding=sharding) for x in given]
+
+
 @pytest.mark.parametrize("implementation", ["triton", None])
 @pytest.mark.parametrize("explicit", [True, False], ids=["explicit mesh", "shard_map"])
 def test_every_device_launches_its_own(
     implementation: Implementation | None, explicit: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flashlla_jax.attention, "_no_triton", lambda: None)
-    kind = AxisType.Explicit if explicit else AxisType.Auto
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,), devices=jax.devices("cpu")[:2])
-
-    def attend(*args: jax.Array) -> jax.Array:
-        return lla_attention(*args[:3], ridge_lambda=args[3], implementation=implementation)
-
+    mesh = two_devices(AxisType.Explicit if explicit else AxisType.Auto)
+    attend = public(implementation)
     f = attend if explicit else jax.shard_map(attend, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
-
-    def run(*args: jax.Array) -> Any:
-        o, vjp = jax.vjp(f, *args)
-        return vjp(o)
-
-    sharding = NamedSharding(mesh, P("x")) if explicit else None
-    args = [jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype, sharding=sharding) for x in arguments(SMALL, "bfloat16")]
-    text = jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    args = batch_of_two(NamedSharding(mesh, P("x")) if explicit else None)
+    text = jax.jit(with_gradients(f)).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@triton_kernel_call") == 3
     assert "all_gather" not in text
 
@@ -144,16 +151,8 @@ def test_every_device_launches_its_own(
 def test_xla_is_told_how_to_divide_them(implementation: Implementation | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a mesh with automatic axes; the launches appear when XLA has divided the program, which takes GPUs."""
     monkeypatch.setattr(flashlla_jax.attention, "_no_triton", lambda: None)
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:2])
-
-    def run(*args: jax.Array) -> Any:
-        attend = partial(lla_attention, implementation=implementation)
-        o, vjp = jax.vjp(lambda *args: attend(*args[:3], ridge_lambda=args[3]), *args)
-        return vjp(o)
-
-    place = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P("x")))
-    args = [place((2, *x.shape[1:]), x.dtype) for x in arguments(SMALL, "bfloat16")]
-    traced = jax.jit(run).trace(*args)
+    args = batch_of_two(NamedSharding(two_devices(AxisType.Auto), P("x")))
+    traced = jax.jit(with_gradients(public(implementation))).trace(*args)
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@CustomSPMDPartitioning") == 2
     if implementation is None:
         assert "CustomSPMDPartitioning" not in traced.lower(lowering_platforms=("cpu",)).as_text()
