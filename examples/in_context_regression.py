@@ -54,6 +54,11 @@ class Config:
     implementation: str | None
     seed: int
 
+    @property
+    def loss_every(self) -> int:
+        """The steps between two losses that are kept."""
+        return max(1, self.steps // 200)
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {
@@ -157,7 +162,7 @@ def run(config: Config, results: Results) -> None:
                 "error_by_position": np.float64(outcome.test[best]).round(6).tolist(),
                 "rate": config.rates[best],
                 "validation_error_by_rate": by_rate.tolist(),
-                "loss": np.float64(outcome.losses[best, :: max(1, config.steps // 200)]).round(6).tolist(),
+                "loss": np.float64(outcome.losses[best, :: config.loss_every]).round(6).tolist(),
             },
         )
 
@@ -197,7 +202,7 @@ def plot(config: Config, results: Results) -> Figure:
             result = results.finished[job_name(attention, segment)]
             color = COLORS[attention]
             above.plot(np.arange(segment) + 1, within_segment(result, segment), color=color, label=TITLES[attention])
-            steps = np.arange(len(result["loss"])) * max(1, config.steps // 200)
+            steps = np.arange(len(result["loss"])) * config.loss_every
             below.plot(steps, result["loss"], color=color, linewidth=1)
         above.set_title(f"segments of {segment}", fontsize=10)
         above.set_xlabel("position in the segment")
@@ -245,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     remarks.append(
         f"{jax.devices()[0].device_kind}, {config.steps} steps of {config.batch} sequences of {config.length}"
     )
-    losses = len(range(0, config.steps, max(1, config.steps // 200)))
+    losses = len(range(0, config.steps, config.loss_every))
     shapes = {"error": (), "error_by_position": (config.length,), "rate": (), "loss": (losses,)}
     name = "in_context_regression"
     carry_out(parser, args, config, name, run=run, table=table, plot=plot, shapes=shapes, remarks=remarks)

@@ -55,6 +55,11 @@ class Config:
     implementation: str | None
     seed: int
 
+    @property
+    def loss_every(self) -> int:
+        """The steps between two losses that are kept."""
+        return max(1, self.steps // 100)
+
 
 # At width 256 and a learning rate of 0.01, the slowest solve of 512 took 37 steps and more after 40 steps of training
 # with a ridge from 1, and 14 with one from 10. A width of 32 learns faster with 1.
@@ -166,7 +171,7 @@ def run(config: Config, results: Results) -> None:
                 "accuracy": float(outcome.test[best]),
                 "rate": config.rates[best],
                 "validation_accuracy_by_rate": outcome.validation.tolist(),
-                "loss": np.float64(outcome.losses[best, :: max(1, config.steps // 100)]).round(5).tolist(),
+                "loss": np.float64(outcome.losses[best, :: config.loss_every]).round(5).tolist(),
             },
         )
 
@@ -198,7 +203,7 @@ def plot(config: Config, results: Results) -> Figure:
             found = [results.finished[job_name(a, width, length)] for width in config.widths]
             above.plot(config.widths, [x["accuracy"] for x in found], "o-", color=COLORS[a], label=TITLES[a])
             for x, opacity in zip(found, np.linspace(0.35, 1.0, len(found)), strict=True):
-                steps = np.arange(len(x["loss"])) * max(1, config.steps // 100)
+                steps = np.arange(len(x["loss"])) * config.loss_every
                 below.plot(steps, x["loss"], color=COLORS[a], alpha=opacity, linewidth=1)
         above.set_title(f"length {length}, {pairs} pairs", fontsize=10)
         above.set_xscale("log", base=2)
@@ -249,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = _config(parser, args)
     remarks = ["a small version of the task; --preset full has the published sizes"] if args.preset == "small" else []
     remarks.append(f"{jax.devices()[0].device_kind}, {config.steps} steps of {config.batch} sequences")
-    shapes = {"accuracy": (), "rate": (), "loss": (len(range(0, config.steps, max(1, config.steps // 100))),)}
+    shapes = {"accuracy": (), "rate": (), "loss": (len(range(0, config.steps, config.loss_every)),)}
     carry_out(parser, args, config, "mqar", run=run, table=table, plot=plot, shapes=shapes, remarks=remarks)
 
 

@@ -96,20 +96,17 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax and its storage raise a dozen kinds for a damaged file
             reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-            folder = self.directory / str(step)
-            raise RunError(
-                f"cannot read the checkpoint {folder}: {reason}; delete it, or start over with --fresh"
-            ) from error
+            raise self._unreadable(step, reason) from error
+
+    def _unreadable(self, step: int, reason: str) -> RunError:
+        folder = self.directory / str(step)
+        return RunError(f"cannot read the checkpoint {folder}: {reason}; delete it, or start over with --fresh")
 
     def config(self, step: int) -> dict[str, Any]:
         """What :meth:`save` was given as such."""
         config = self._restore(step, config=ocp.args.JsonRestore()).config
         if not isinstance(config, dict):
-            folder = self.directory / str(step)
-            raise RunError(
-                f"cannot read the checkpoint {folder}: its config is no JSON object; delete it, or start over with "
-                "--fresh"
-            )
+            raise self._unreadable(step, "its config is no JSON object")
         return config
 
     def check_config(self, step: int, config: dict[str, Any]) -> None:
