@@ -82,7 +82,7 @@ def attention_fn(
 @dataclass(frozen=True, eq=False)
 class AttentionFn:
     """What :func:`attention_fn` returns: a value, so that models made alike are alike to ``jit``, ``tree.map`` and
-    ``pickle``."""
+    ``pickle``. Its fields are arguments of ``lla_attention``."""
 
     ridge_lambda: Ridge
     is_causal: bool
@@ -144,18 +144,5 @@ class AttentionFn:
             core.check_dropout(dropout_rate)
         core.check_sow_weights(module is not None)
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
-        return core.attend(
-            query,
-            key,
-            value,
-            mask=mask,
-            is_causal=self.is_causal or is_causal,
-            ridge_lambda=self.ridge_lambda,
-            qk_scale=self.qk_scale,
-            cg_atol=self.cg_atol,
-            cg_rtol=self.cg_rtol,
-            cg_max_iters=self.cg_max_iters,
-            cg_use_preconditioner=self.cg_use_preconditioner,
-            precision=precision,
-            implementation=self.implementation,
-        )
+        options = vars(self) | {"is_causal": self.is_causal or is_causal}
+        return core.attend(query, key, value, mask=mask, precision=precision, **options)

@@ -110,7 +110,7 @@ def _accumulate(
     rows = tokens * (heads // kv_heads)
     dtype = query.dtype
     numbers_per_key = batch * kv_heads * rows * (dim + value_dim)
-    block = max(1, min(capacity, max(dim, _BLOCK_SIZE // max(1, numbers_per_key))))  # an empty batch has no numbers
+    block = min(capacity, max(dim, _BLOCK_SIZE // max(1, numbers_per_key)))  # an empty batch has no numbers
     q = _by_row(jnp.moveaxis(query, 1, 2), kv_heads)
     last = index + jnp.arange(tokens, dtype=jnp.int32)  # the last position that each token sees
 
