@@ -1,0 +1,260 @@
+"""Which keys a query sees: one interval of positions a query, made once from the arguments that hide keys.
+
+Causality, windows, lengths, padding, packed documents and chunked prefill all come to the same thing: query i sees the
+keys j of one interval, ``start_i <= j < end_i``. Two more fields are looked at inside the interval, where it does not
+say all: segments (and hidden keys) that are not contiguous, and a boolean mask. Nothing below this file knows of
+causality, of lengths or of how queries and keys are aligned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+# Positions are int32. Windows and offsets are cut to this: no array is as long, and sums of three of them fit.
+LARGEST_POSITION = 2**29
+
+# Ids of what is hidden whatever the interval says; those of segments are counted from 0.
+_HIDDEN_KEY, _HIDDEN_QUERY = -1, -2
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("start", "end", "query_ids", "key_ids", "contiguous", "mask"),
+    meta_fields=("from_first", "complete"),
+)
+@dataclass(frozen=True)
+class Visibility:
+    """Query i sees key j if ``start_i <= j < end_i``, their ids are equal, and the mask is True there.
+
+    Attributes:
+        start: position of the first key that the query sees.
+        end: one more than that of the last; both are 0 for a query that sees no key (in any head).
+        query_ids, key_ids: None, or numbers of segments; equal ones see each other. Negative ones never do.
+        contiguous: with ids: whether they say nothing that the intervals do not, so that none need be compared.
+        mask: None, or True where a key is visible.
+        from_first: whether every start is known to be 0.
+        complete: whether every query is known to see a key and every key to be seen: nothing need be zeroed.
+    """
+
+    start: Int[Array, "#B T"]
+    end: Int[Array, "#B T"]
+    query_ids: Int[Array, "#B T"] | None
+    key_ids: Int[Array, "#B S"] | None
+    contiguous: Bool[Array, "#B"] | None
+    mask: Bool[Array, "#B #N #T #S"] | None
+    from_first: bool
+    complete: bool
+
+
+class Hiding(NamedTuple):
+    """The arguments that hide keys, checked, on the canonical layout; None for those that are not given.
+
+    Python numbers are known when a call is traced, arrays are not.
+    """
+
+    is_causal: bool
+    window: tuple[int, int] | None  # keys at positions [i - left, i + right] of query position i
+    query_offset: int | Int[Array, ""] | Int[Array, " B"]  # the position of the first query; key j has position j
+    query_lengths: Int[Array, " B"] | None
+    key_lengths: Int[Array, " B"] | None
+    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None
+    same_segments: bool  # one array for both: query and key of a position are in the same segment
+    mask: Bool[Array, "#B #N #T #S"] | None
+
+
+def visibility(hiding: Hiding, queries: int, keys: int) -> Visibility:
+    """The visibility of ``queries`` by ``keys``, in memory linear in both but for the mask's own."""
+    static = hiding._replace(query_offset=0, query_lengths=None, key_lengths=None, segment_ids=None, mask=None)
+    offset = hiding.query_offset
+    known = isinstance(offset, int)
+    arrays = (hiding.query_lengths, hiding.key_lengths, hiding.segment_ids, hiding.mask)
+    flags = (
+        hiding.window is None and hiding.segment_ids is None and hiding.mask is None,
+        _complete(hiding, queries, keys),
+    )
+    return _made(static, offset if known else None, queries, keys, flags, None if known else offset, arrays)
+
+
+def _complete(hiding: Hiding, queries: int, keys: int) -> bool:
+    """Whether the numbers alone say that every query sees a key and every key is seen."""
+    given = (hiding.query_lengths, hiding.key_lengths, hiding.mask)
+    if any(x is not None for x in given) or not isinstance(hiding.query_offset, int):
+        return False
+    if hiding.segment_ids is not None:
+        # every token sees itself, if both sides have the same ones
+        left, right = hiding.window or (0, 0)
+        return hiding.same_segments and hiding.query_offset == 0 and queries == keys and left >= 0 and right >= 0
+    start, end = _rule(hiding.is_causal, hiding.window, hiding.query_offset + np.arange(queries)[None], keys)
+    covered = np.zeros(keys + 1, np.int64)
+    np.add.at(covered, start[0], 1)
+    np.add.at(covered, np.maximum(start, end)[0], -1)
+    return bool(np.all(start < end) and np.all(np.cumsum(covered)[:keys] > 0))
+
+
+def _rule(is_causal: bool, window: tuple[int, int] | None, position: Any, keys: int) -> tuple[Any, Any]:
+    """The interval of a query at a position, by causality and window; NumPy or JAX as the position is."""
+    start, end = 0 * position, 0 * position + keys
+    if is_causal:
+        end = (position + 1).clip(0, keys)
+    if window is not None:
+        left, right = (min(width, LARGEST_POSITION) for width in window)
+        start = (position - left).clip(0, keys)
+        end = (position + right + 1).clip(0, end)
+    return start, end
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _made(
+    static: Hiding,
+    known_offset: int | None,
+    queries: int,
+    keys: int,
+    flags: tuple[bool, bool],
+    offset: Any,
+    arrays: Any,
+) -> Visibility:
+    query_lengths, key_lengths, segment_ids, mask = arrays
+    offset = jnp.int32(known_offset) if known_offset is not None else offset
+    offset = jnp.clip(offset, -LARGEST_POSITION, LARGEST_POSITION).astype(jnp.int32).reshape(-1, 1)
+    rows = jnp.arange(queries, dtype=jnp.int32)[None]
+    start, end = _rule(static.is_causal, static.window, offset + rows, keys)
+    if key_lengths is not None:
+        end = jnp.minimum(end, key_lengths.astype(jnp.int32)[:, None])
+    if query_lengths is not None:
+        end = jnp.where(rows < query_lengths.astype(jnp.int32)[:, None], end, 0)
+    if mask is not None and mask.shape[1:] == (1, queries, 1):  # hides whole queries
+        end, mask = jnp.where(mask[:, 0, :, 0], end, 0), None
+    start, end = _without_empty(start, end)
+
+    ids = (None, None, None)
+    key_mask = None
+    if mask is not None and mask.shape[1:3] == (1, 1):  # hides whole keys, as padding does
+        key_mask, mask = mask[:, 0, 0], None
+        key_mask = jnp.broadcast_to(key_mask, (key_mask.shape[0], keys))
+    if segment_ids is not None or key_mask is not None:
+        start, end, ids = _within_segments(start, end, segment_ids, key_mask)
+    seen = Visibility(start, end, *ids, mask, *flags)
+    if mask is not None:
+        start, end = _first_and_last(jnp.any(dense(seen, keys), axis=1))
+        seen = Visibility(start, end, *ids, mask, *flags)
+    return seen
+
+
+def _without_empty(start: Array, end: Array) -> tuple[Array, Array]:
+    start, end = jnp.broadcast_arrays(start, end)
+    empty = start >= end
+    return jnp.where(empty, 0, start), jnp.where(empty, 0, end)
+
+
+def _first_and_last(seen: Array) -> tuple[Array, Array]:
+    """(B, T, S) -> the tightest intervals, (B, T)."""
+    some = jnp.any(seen, axis=-1)
+    start = jnp.argmax(seen, axis=-1).astype(jnp.int32)
+    end = seen.shape[-1] - jnp.argmax(seen[..., ::-1], axis=-1).astype(jnp.int32)
+    return jnp.where(some, start, 0), jnp.where(some, end, 0)
+
+
+def _within_segments(
+    start: Array, end: Array, segment_ids: tuple[Array, Array] | None, key_mask: Array | None
+) -> tuple[Array, Array, tuple[Array, Array, Array]]:
+    """The tightest intervals that hold what is visible, and ``(query_ids, key_ids, contiguous)``.
+
+    All keys and, for every query, the two ends of its interval are sorted by segment and position. The keys that a
+    query sees are then those between its ends, in whatever order the segments came.
+    """
+    queries = start.shape[1]
+    if segment_ids is None:
+        assert key_mask is not None
+        segment_ids = (jnp.zeros((1, queries), jnp.int32), jnp.zeros((1, key_mask.shape[1]), jnp.int32))
+    keys = segment_ids[1].shape[1]
+    key_mask = jnp.ones((1, keys), bool) if key_mask is None else key_mask
+    batch = max(x.shape[0] for x in (start, *segment_ids, key_mask))
+    given = (start, end, *segment_ids, key_mask)
+    start, end, query_ids, key_ids, key_mask = (jnp.broadcast_to(x, (batch, x.shape[1])) for x in given)
+
+    ids = jnp.concatenate([key_ids, query_ids, query_ids], axis=1)  # in their own dtype: 64-bit ids stay apart
+    # an end comes before the key at its position
+    place = jnp.concatenate([2 * jnp.arange(keys, dtype=jnp.int32)[None].repeat(batch, 0) + 1, 2 * start, 2 * end], 1)
+    index = jnp.broadcast_to(jnp.arange(place.shape[1], dtype=jnp.int32), place.shape)
+    ids, _, index = lax.sort((ids, place, index), dimension=1, num_keys=2)
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    is_key = (index < keys) & key_mask[rows, jnp.minimum(index, keys - 1)]
+    rank = jnp.cumsum(is_key, axis=1, dtype=jnp.int32)  # keys up to here
+    segment = jnp.cumsum(jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0, axis=1, dtype=jnp.int32)
+
+    # back in the order that they came in
+    rank, segment = (jnp.zeros_like(x).at[rows, index].set(x, unique_indices=True) for x in (rank, segment))
+    first, stop = rank[:, keys : keys + queries], rank[:, keys + queries :]
+    position = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (batch, keys))
+    place = jnp.where(key_mask, rank[:, :keys] - 1, keys)
+    by_rank = jnp.zeros_like(position).at[rows, place].set(position, mode="drop")
+    some = first < stop
+    start = jnp.where(some, by_rank[rows, jnp.minimum(first, keys - 1)], 0)
+    end = jnp.where(some, by_rank[rows, jnp.maximum(stop - 1, 0)] + 1, 0)
+    contiguous = jnp.all(end - start == jnp.where(some, stop - first, 0), axis=1)
+    query_ids = jnp.where(some, segment[:, keys : keys + queries], _HIDDEN_QUERY)
+    key_ids = jnp.where(key_mask, segment[:, :keys], _HIDDEN_KEY)
+    return start, end, (query_ids, key_ids, contiguous)
+
+
+def dense(seen: Visibility, keys: int) -> Bool[Array, "#B #N T S"]:
+    """True where a key is visible. For small problems, and for sums over it that XLA fuses."""
+    columns = jnp.arange(keys, dtype=jnp.int32)
+    visible = (seen.start[..., None] <= columns[None, None]) & (columns[None, None] < seen.end[..., None])
+    if seen.query_ids is not None and seen.key_ids is not None:
+        visible = visible & (seen.query_ids[:, :, None] == seen.key_ids[:, None, :])
+    visible = visible[:, None]
+    return visible if seen.mask is None else visible & seen.mask
+
+
+def seeing_queries(seen: Visibility, keys: int) -> Bool[Array, "#B T #N"]:
+    """Which queries see some key."""
+    if seen.mask is None or seen.mask.shape[1] == 1:  # the intervals are as tight as can be
+        return (seen.start < seen.end)[..., None]
+    return jnp.moveaxis(jnp.any(dense(seen, keys), axis=3), 1, 2)
+
+
+def seen_keys(seen: Visibility, keys: int, kv_heads: int) -> Bool[Array, "#B S #K"]:
+    """Which keys some query sees."""
+    if seen.mask is not None:
+        by_head = jnp.any(dense(seen, keys), axis=2)
+        if by_head.shape[1] > 1:
+            by_head = jnp.any(by_head.reshape(by_head.shape[0], kv_heads, -1, keys), axis=2)
+        return jnp.moveaxis(by_head, 1, 2)
+    # a query adds 1 to the keys from its first on, and takes it back from its last on
+    batch = seen.start.shape[0]
+    if seen.query_ids is None or seen.key_ids is None:
+        rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        steps = jnp.zeros((batch, keys + 1), jnp.int32).at[rows, seen.start].add(1).at[rows, seen.end].add(-1)
+        return (jnp.cumsum(steps, axis=1)[:, :keys] > 0)[..., None]
+    # the same among the keys of one segment: sorted by segment and position, as in _within_segments
+    some = seen.start < seen.end
+    key_ids = jnp.broadcast_to(seen.key_ids, (batch, keys))
+    query_ids = jnp.where(some, seen.query_ids, _HIDDEN_QUERY)
+    ids = jnp.concatenate([key_ids, query_ids, query_ids], axis=1)
+    position = jnp.broadcast_to(2 * jnp.arange(keys, dtype=jnp.int32) + 1, (batch, keys))
+    place = jnp.concatenate([position, 2 * seen.start, 2 * seen.end], axis=1)
+    step = jnp.concatenate([jnp.zeros_like(position), jnp.ones_like(query_ids), -jnp.ones_like(query_ids)], axis=1)
+    index = jnp.broadcast_to(jnp.arange(place.shape[1], dtype=jnp.int32), place.shape)
+    _, _, step, index = lax.sort((ids, place, step, index), dimension=1, num_keys=2)
+    covered = jnp.cumsum(step, axis=1) > 0
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    covered = jnp.zeros_like(covered).at[rows, index].set(covered, unique_indices=True)
+    return (covered[:, :keys] & (key_ids >= 0))[..., None]
+
+
+def without_hidden(query: Array, key: Array, value: Array, seen: Visibility) -> tuple[Array, Array, Array]:
+    """The arrays with zeros at queries that see no key and at keys that none sees: NaN would outlive a weight of 0."""
+    if seen.complete:
+        return query, key, value
+    keys = seen_keys(seen, key.shape[1], key.shape[2])[..., None]
+    queries = seeing_queries(seen, key.shape[1])[..., None]
+    return jnp.where(queries, query, 0), jnp.where(keys, key, 0), jnp.where(keys, value, 0)
