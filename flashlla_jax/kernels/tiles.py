@@ -1,11 +1,70 @@
-"""What the kernels share: tiles of rows, the visible range of keys, softmax weights, and products of rounded operands.
+"""What the kernels share: tiles of rows, which of them are visited, softmax weights, products of rounded operands.
 
 A tile is a (BLOCK, DP) piece of a (length, D) matrix whose rows are STRIDE elements apart, padded with zeros to the
-power of two DP. Logits are in units of log 2: SCALE is qk_scale * log2(e), and ``lse`` is the log2 of the normaliser.
+power of two DP. Logits are in units of log 2, and ``lse`` is the log2 of the normaliser.
+
+Tensors that travel together are a NamedTuple; what is known at compile time is ``c``, see ``constants.py``.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
+
+class Visible(NamedTuple):
+    """Where the visibility lies, of one batch entry and head."""
+
+    start: tl.tensor  # (T,)
+    end: tl.tensor
+    query_ids: tl.tensor
+    key_ids: tl.tensor  # (S,)
+    mask: tl.tensor  # (T, S)
+    order: tl.tensor  # tiles in the order that they are visited, of the program's own tile
+    T: tl.tensor
+    S: tl.tensor
+
+
+class Tiles(NamedTuple):
+    """Which tiles a program visits: ``wholes`` of them from ``whole`` on uncompared, ``edges`` on both sides compared.
+
+    With a mask these are places in a list.
+    """
+
+    low: tl.tensor  # the first edge
+    left: tl.tensor  # edges before the whole tiles
+    whole: tl.tensor
+    wholes: tl.tensor
+    edges: tl.tensor
+
+
+class Intervals(NamedTuple):
+    """What the queries of a tile see."""
+
+    start: tl.tensor  # (BM,)
+    end: tl.tensor
+    ids: tl.tensor
+    m0: tl.tensor  # the first query
+
+
+class Rows(NamedTuple):
+    """The queries of a tile."""
+
+    Q: tl.tensor  # (BM, DP), in the products' dtype
+    lse: tl.tensor  # (BM,)
+    kbar: tl.tensor  # (BM, DP), relative to the keys' origin
+    lam: tl.tensor  # (BM,)
+    intervals: Intervals
+
+
+class Keys(NamedTuple):
+    """The keys that a tile of queries may see."""
+
+    k: tl.tensor  # pointers to the first key and value of the head
+    v: tl.tensor
+    origin: tl.tensor  # (DP,), what keys are taken relative to
+    tiles: Tiles
+    visible: Visible
 
 
 @triton.jit
@@ -55,63 +114,59 @@ def load_tile(
 
 
 @triton.jit
-def load_pairs(base, start, BLOCK: tl.constexpr):
-    """Two numbers per row, kept side by side in a (rows, 2) float32 matrix that has every row of the tile."""
-    start = tl.multiple_of(start, BLOCK)
-    # as one 64-bit number: every thread copies the pairs that it needs by itself, so fewer loads are less time
-    pairs = tl.load(base.to(tl.pointer_type(tl.int64), bitcast=True) + (start + tl.arange(0, BLOCK)))
-    return pairs.to(tl.int32).to(tl.float32, bitcast=True), (pairs >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+def load_queries(base, m0, length, RAGGED: tl.constexpr, c: tl.constexpr):
+    """A tile of query, x or u: (BM, DP)."""
+    return load_tile(base, m0, length, c.HEADS * c.D, c.D, c.BM, c.DP, RAGGED, c.UPCAST)
 
 
 @triton.jit
-def store_pairs(base, first, second, start, BLOCK: tl.constexpr):
-    rows = start + tl.arange(0, BLOCK)
-    tl.store(base + 2 * rows, first)
-    tl.store(base + 2 * rows + 1, second)
+def load_cotangents(base, m0, length, RAGGED: tl.constexpr, c: tl.constexpr):
+    """A tile of g: (BM, DVP)."""
+    return load_tile(base, m0, length, c.HEADS * c.DV, c.DV, c.BM, c.DVP, RAGGED, c.UPCAST)
 
 
 @triton.jit
-def load_first(base, D: tl.constexpr, DP: tl.constexpr):
-    """The first row, in float32."""
-    columns = tl.arange(0, DP)
-    return tl.load(base + columns, mask=columns < D, other=0.0).to(tl.float32)
+def load_keys(keys, n0, RAGGED: tl.constexpr, c: tl.constexpr):
+    """A tile of keys relative to their origin: (BN, DP)."""
+    K = load_tile(keys.k, n0, keys.visible.S, c.KV_HEADS * c.D, c.D, c.BN, c.DP, RAGGED, c.UPCAST)
+    if c.UPCAST:
+        K -= keys.origin[None, :]
+    return K
 
 
 @triton.jit
-def load_origin(k_base, m0, T, S, STRIDE: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, DP: tl.constexpr,
-                CAUSAL: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """What keys are taken relative to where products are in float32 (UPCAST), for the queries of a tile.
+def load_values(keys, n0, RAGGED: tl.constexpr, c: tl.constexpr):
+    """A tile of values: (BN, DVP)."""
+    return load_tile(keys.v, n0, keys.visible.S, c.KV_HEADS * c.DV, c.DV, c.BN, c.DVP, RAGGED, c.UPCAST)
+
+
+@triton.jit
+def load_origin(origins, m0, batch, kv_head, T, c: tl.constexpr):
+    """What keys are taken relative to for the queries of a tile where products are in float32 (UPCAST).
 
     The logits change by a constant per query and the regression not at all, but what a common offset of the keys would
-    lose to rounding is kept. It is the mean of the first keys, at most 32 of those that the queries see in common; the
-    same in all kernels, so that what one keeps another can use: a tile lies in one aligned block of 32 queries.
-    bfloat16 keys stay as they are: their differences would have to be rounded.
+    lose to rounding is kept. One origin serves an aligned block of 32 queries (``origin.py``), the same in all kernels,
+    so that what one keeps another can use. bfloat16 keys stay as they are: their differences would have to be rounded.
     """
-    origin = tl.zeros((DP,), tl.float32)
-    if UPCAST:
-        tl.static_assert(BM <= 32)
-        visible = m0 // 32 * 32 + S - T + 1 if CAUSAL else S
-        count = tl.minimum(tl.minimum(visible, S), 32)
-        first = load_first(k_base, D, DP)
-        offsets = load_tile(k_base, 0, count, STRIDE, D, 32, DP, True, UPCAST) - first[None, :]
-        origin = first + tl.sum(tl.where((tl.arange(0, 32) < count)[:, None], offsets, 0.0), 0) / count
+    origin = tl.zeros((c.DP,), tl.float32)
+    if c.UPCAST:
+        tl.static_assert(c.BM <= 32)
+        columns = tl.arange(0, c.DP)
+        base = head_base(origins, batch, tl.cdiv(T, 32), kv_head, c.KV_HEADS, c.D)
+        base += (m0 // 32).to(tl.int64) * c.KV_HEADS * c.D
+        origin = tl.load(base + columns, mask=columns < c.D, other=0.0)
     return origin
-
-
-@triton.jit
-def load_keys(k_base, n0, S, origin, STRIDE: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr,
-              RAGGED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """A tile of keys relative to ``origin``."""
-    K = load_tile(k_base, n0, S, STRIDE, D, BN, DP, RAGGED, UPCAST)
-    if UPCAST:
-        K -= origin[None, :]
-    return K
 
 
 @triton.jit
 def store_tile(base, tile, start, length, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr):
     pointers = tile_pointers(base, start, STRIDE, BLOCK, DP)
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=tile_mask(start, length, D, BLOCK, DP))
+
+
+@triton.jit
+def store_queries(base, tile, m0, length, c: tl.constexpr):
+    store_tile(base, tile, m0, length, c.HEADS * c.D, c.D, c.BM, c.DP)
 
 
 @triton.jit
@@ -128,32 +183,139 @@ def store_rows(base, values, start, length, STRIDE: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def key_range(m0, T, S, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """(whole, end): key tiles below ``whole`` are seen by every query of the tile, those up to ``end`` by some."""
-    if CAUSAL:  # aligned at the end: query i sees keys up to i + S - T
-        first = tl.minimum(m0 + S - T + 1, S)
-        end = tl.minimum(m0 + BM + S - T, S)
-    else:
-        first = S
-        end = S
-    # Through a reduction, which LLVM cannot see through: told that the masked tiles are at most a few, it peels their
-    # loop, and ptxas then serialises every wgmma of the kernel (its C7515), which takes up to twice the time.
-    return tl.max(tl.zeros((BM,), tl.int32) + first // BN * BN, 0), end
+def load_pairs(base, start, BLOCK: tl.constexpr):
+    """Two numbers per row, kept side by side in a (rows, 2) float32 matrix that has every row of the tile."""
+    start = tl.multiple_of(start, BLOCK)
+    # as one 64-bit number: every thread copies the pairs that it needs by itself, so fewer loads are less time
+    pairs = tl.load(base.to(tl.pointer_type(tl.int64), bitcast=True) + (start + tl.arange(0, BLOCK)))
+    return pairs.to(tl.int32).to(tl.float32, bitcast=True), (pairs >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def logits(Q, K, m0, n0, T, S, SCALE, CAUSAL: tl.constexpr, MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-           PRECISION: tl.constexpr):  # fmt: skip
-    """SCALE q.k of a tile pair, (BM, BN); -inf where hidden if MASK."""
-    s = tl.dot(Q, tl.trans(K), input_precision=PRECISION) * SCALE
-    if MASK:
-        columns = n0 + tl.arange(0, BN)
-        if CAUSAL:
-            visible = tl.minimum(m0 + tl.arange(0, BM) + S - T + 1, S)
-            s = tl.where(columns[None, :] < visible[:, None], s, -float("inf"))
+def store_pairs(base, first, second, start, BLOCK: tl.constexpr):
+    rows = start + tl.arange(0, BLOCK)
+    tl.store(base + 2 * rows, first)
+    tl.store(base + 2 * rows + 1, second)
+
+
+@triton.jit
+def visible_to(start, end, query_ids, key_ids, mask, order, batch, head, T, S, c: tl.constexpr):
+    """The visibility as head ``head`` of batch entry ``batch`` has it; ``order`` is still that of all its tiles."""
+    entry = batch.to(tl.int64) * c.PER_BATCH
+    mask_row = tl.cast(S, tl.int64) if c.MASK_S else tl.cast(1, tl.int64)
+    mask_head = mask_row * T if c.MASK_T else mask_row
+    mask_batch = mask_head * c.HEADS if c.MASK_N else mask_head
+    mask += batch * mask_batch * c.MASK_B + head * mask_head * c.MASK_N
+    return Visible(start + entry * T, end + entry * T, query_ids + entry * T, key_ids + entry * S, mask, order, T, S)
+
+
+@triton.jit
+def table_row(batch, head, tiles, tile, c: tl.constexpr):
+    """Which row of a table is a tile's own."""
+    row = batch.to(tl.int64) * c.PER_BATCH
+    if c.PER_HEAD:
+        row = row * c.HEADS + head
+    return row * tiles + tile
+
+
+@triton.jit
+def load_tiles(table, row):
+    """``Tiles`` from a table's row: first tile visited, first whole one, one past the last whole one, and visited."""
+    low = tl.load(table + 4 * row)
+    whole = tl.load(table + 4 * row + 1)
+    whole_end = tl.load(table + 4 * row + 2)
+    high = tl.load(table + 4 * row + 3)
+    return Tiles(low, whole - low, whole, whole_end - whole, high - low - (whole_end - whole))
+
+
+@triton.jit
+def visited(tiles, order, i, EDGE: tl.constexpr, LEFT: tl.constexpr, c: tl.constexpr):
+    """The i-th whole tile, or the i-th edge. LEFT: there may be edges before the whole tiles.
+
+    The edges on both sides are one loop: a second one would double the kernel, and cost it registers.
+    """
+    if EDGE:
+        if LEFT:
+            tile = tiles.low + i + tl.where(i < tiles.left, 0, tiles.wholes)
         else:
-            s = tl.where(columns[None, :] < S, s, -float("inf"))
+            tile = tiles.wholes + i
+    else:
+        tile = tiles.whole + i
+    if c.MASK:
+        tile = tl.load(order + tile)
+    return tile
+
+
+@triton.jit
+def key_tile(keys, i, EDGE: tl.constexpr, c: tl.constexpr):
+    """The first key of the i-th tile that is visited."""
+    return visited(keys.tiles, keys.visible.order, i, EDGE, not (c.FROM_FIRST or c.MASK), c) * c.BN
+
+
+@triton.jit
+def load_intervals(visible, m0, c: tl.constexpr):
+    """Beyond the last query they are its own."""
+    rows = tl.minimum(m0 + tl.arange(0, c.BM), visible.T - 1)
+    end = tl.load(visible.end + rows)
+    start = tl.zeros((c.BM,), tl.int32)
+    if not c.FROM_FIRST:
+        start = tl.load(visible.start + rows)
+    ids = start
+    if c.IDS:
+        ids = tl.load(visible.query_ids + rows)
+    return Intervals(start, end, ids, m0)
+
+
+@triton.jit
+def sees(intervals, columns, visible, KEYS_FIRST: tl.constexpr, c: tl.constexpr):
+    """Whether the tile's queries see the keys ``columns``: (BM, BN), or (BN, BM) if KEYS_FIRST."""
+    row: tl.constexpr = 0 if KEYS_FIRST else 1
+    start = tl.expand_dims(intervals.start, row)
+    end = tl.expand_dims(intervals.end, row)
+    column = tl.expand_dims(columns, 1 - row)
+    if c.FROM_FIRST:
+        seen = column < end
+    else:  # one comparison: below the start the difference is huge
+        seen = (column - start).to(tl.uint32, bitcast=True) < (end - start).to(tl.uint32, bitcast=True)
+    if c.IDS:
+        ids = tl.load(visible.key_ids + columns, mask=columns < visible.S, other=-1)
+        seen = seen & (tl.expand_dims(intervals.ids, row) == tl.expand_dims(ids, 1 - row))
+    if c.MASK:
+        queries = intervals.m0 + tl.arange(0, c.BM)
+        offset = tl.expand_dims(queries, row).to(tl.int64) * (visible.S if c.MASK_S else 1) * c.MASK_T
+        inside = (tl.expand_dims(queries, row) < visible.T) & (column < visible.S)
+        seen = seen & (tl.load(visible.mask + offset + column * c.MASK_S, mask=inside, other=0) != 0)
+    return seen
+
+
+@triton.jit
+def logits(rows, K, n0, keys, EDGE: tl.constexpr, c: tl.constexpr):
+    """SCALE q.k of a tile pair, (BM, BN); -inf where hidden."""
+    s = tl.dot(rows.Q, tl.trans(K), input_precision=c.PRECISION) * c.SCALE
+    if EDGE:
+        s = tl.where(sees(rows.intervals, n0 + tl.arange(0, c.BN), keys.visible, False, c), s, -float("inf"))
     return s
+
+
+@triton.jit
+def weights(rows, K, n0, keys, EDGE: tl.constexpr, c: tl.constexpr):
+    """p_ij of a tile pair, (BM, BN); 0 where hidden."""
+    return tl.math.exp2(logits(rows, K, n0, keys, EDGE, c) - rows.lse[:, None])
+
+
+@triton.jit
+def key_scale(keys, c: tl.constexpr):
+    """The variance of a key's feature: the scale that a ridge is small or large against.
+
+    From the last tile of keys that every query of the tile sees, so that no query's arithmetic depends on keys hidden
+    from it; huge (the careful side, and cheap: few keys are seen) where there is none.
+    """
+    n0 = key_tile(keys, tl.maximum(keys.tiles.wholes - 1, 0), False, c)
+    K = load_tile(keys.k, n0, keys.visible.S, c.KV_HEADS * c.D, c.D, c.BN, c.DP, True, c.UPCAST).to(tl.float32)
+    mean = tl.sum(K, 0) * (1.0 / c.BN)
+    centred = tl.where((tl.arange(0, c.DP) < c.D)[None, :], K - mean[None, :], 0.0)
+    variance = tl.sum(tl.sum(centred * centred, 1), 0) * (1.0 / (c.BN * c.D))
+    return tl.where(keys.tiles.wholes > 0, variance, 1e30)
 
 
 @triton.jit

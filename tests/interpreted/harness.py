@@ -14,9 +14,10 @@ import ml_dtypes
 import numpy as np
 import triton.language as tl
 
-from flashlla_jax.kernels.launch import Launch
+from flashlla_jax.kernels.constants import Constants
+from flashlla_jax.kernels.plan import Launch
 
-_NAMES = {"float16": tl.float16, "bfloat16": tl.bfloat16, "float32": tl.float32, "int32": tl.int32}
+_NAMES = {"float16": tl.float16, "bfloat16": tl.bfloat16, "float32": tl.float32, "int32": tl.int32, "int8": tl.int8}
 _LOCK = threading.Lock()  # the interpreter keeps its state in globals
 
 
@@ -72,22 +73,20 @@ def call(
     lengths: tuple[int, int],
     out_shapes: tuple[jax.ShapeDtypeStruct, ...],
     shape: Launch,
-    constants: dict[str, Any],
+    constants: Constants,
 ) -> tuple[jax.Array, ...]:
     """Stands in for ``flashlla_jax.kernels.launch.call``; what lies around the arrays is poisoned with NaN."""
 
     def host(*inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         with _LOCK:
             ins = [_guarded(np.asarray(x))[0] for x in inputs]
-            poison = [np.full(o.shape, np.nan if o.dtype != np.int32 else -1, o.dtype) for o in out_shapes]
+            poison = [np.full(o.shape, np.nan if np.issubdtype(o.dtype, np.floating) else -1, o.dtype) for o in out_shapes]
             guarded = [_guarded(x) for x in poison]
             kernel[(grid,)](
                 *map(_NpTensor, ins),
                 *lengths,
                 *(_NpTensor(inner) for inner, _ in guarded),
-                BM=shape.BM,
-                BN=shape.BN,
-                **constants,
+                c=constants,
             )
             for inner, buffer in guarded:
                 around = np.concatenate([buffer[:4096], buffer[4096 + inner.size :]]).astype(np.float64)

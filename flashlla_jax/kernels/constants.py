@@ -1,0 +1,70 @@
+"""What a kernel is compiled for: one value, so that a kernel and its helpers take one argument for all constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The constants of a kernel; ``passes.py`` says where each comes from.
+
+    Attributes:
+        HEADS, KV_HEADS: query heads, and key/value heads.
+        D, DV: head dimensions of keys and of values.
+        DP, DVP: the same padded to powers of two, 16 at least.
+        BM, BN: queries and keys of a tile.
+        STAGES, EDGE_STAGES: depth of the software pipeline over whole tiles, and over those that are compared. These are
+            few but with a mask; a pipeline of their own costs more registers than it hides time.
+        SCALE, QK_SCALE: factor of the logits, in units of log 2 and as it is.
+        PRECISION: of a float32 product.
+        UPCAST: tiles are widened to float32 after loading, and keys taken relative to an origin.
+        HALVES: x and u are carried as hi + lo.
+        SPLIT_BELOW: so are a product's weights, where lambda < SPLIT_BELOW * (variance of a key's feature).
+        LOW_ABOVE: the low half of x is used where it moves some kc.x by more than this.
+        CAREFUL_ABOVE: what the halves leave of x is used, and the a_ij are made to sum to 1, where that does.
+        FROM_FIRST: every interval starts at key 0.
+        IDS: ids are compared inside the intervals.
+        MASK: a boolean mask is looked at there, and the tiles visited are listed.
+        MASK_B, MASK_N, MASK_T, MASK_S: which axes the mask has; the others are of size 1.
+        PER_BATCH: intervals, ids and tables are a batch entry's own, else shared.
+        PER_HEAD: lists are a head's own, else shared.
+        RTOL, ATOL, MAX_ITERS, PRECONDITION, FINISH: how the solve stops, see ``solver.py``.
+        DELTA_EPS: added to the denominator of the paper's form.
+        QUERY_BM: in the key kernel, the query kernel's BM.
+    """
+
+    HEADS: int
+    KV_HEADS: int
+    D: int
+    DV: int
+    DP: int
+    DVP: int
+    BM: int
+    BN: int
+    STAGES: int
+    EDGE_STAGES: int
+    SCALE: float
+    QK_SCALE: float
+    PRECISION: str
+    UPCAST: bool
+    HALVES: bool
+    SPLIT_BELOW: float
+    LOW_ABOVE: float
+    CAREFUL_ABOVE: float
+    FROM_FIRST: bool
+    IDS: bool
+    MASK: bool
+    MASK_B: bool
+    MASK_N: bool
+    MASK_T: bool
+    MASK_S: bool
+    PER_BATCH: bool
+    PER_HEAD: bool
+    RTOL: float
+    ATOL: float
+    MAX_ITERS: int
+    PRECONDITION: bool
+    FINISH: bool
+    DELTA_EPS: float
+    QUERY_BM: int

@@ -1,0 +1,210 @@
+"""The forward and the backward pass by Triton kernels, on the canonical layout."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from flashlla_jax.interface import Options, Residuals
+from flashlla_jax.kernels import launch
+from flashlla_jax.kernels.constants import Constants
+from flashlla_jax.kernels.plan import Launch, Plan, padded
+from flashlla_jax.kernels.tables import Table, by_key_tiles, by_query_tiles
+from flashlla_jax.origin import origins
+from flashlla_jax.visibility import Visibility
+
+_LOG2_E = math.log2(math.e)
+_ORIGIN_ROWS = 32  # queries that share an origin of the keys: kernels/tiles.py, load_origin
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs beside the inputs."""
+
+    x_hi: Array  # -x, and what rounding it left
+    x_lo: Array
+    lse: Array  # log2 of the softmax normaliser, of the keys relative to their origin (kernels/tiles.py)
+    defect: Array  # of x, see kernels/solver.py
+    damping: Array
+
+
+class _Problem(NamedTuple):
+    """One call, and what its kernels share."""
+
+    query: Any
+    key: Any
+    value: Any
+    seen: Visibility
+    options: Options
+    plan: Plan
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int, int, int]:
+        """B, T, S, N, K, D, Dv."""
+        batch, T, heads, dim = self.query.shape
+        _, S, kv_heads, value_dim = self.value.shape
+        return batch, T, S, heads, kv_heads, dim, value_dim
+
+    @property
+    def wide(self) -> jnp.dtype:
+        """The dtype of x and u in memory: that of the products' operands."""
+        return jnp.dtype(jnp.float32) if self.plan.arithmetic.upcast else self.query.dtype
+
+    def row(self, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        """A number per query and head."""
+        return jax.ShapeDtypeStruct(self.query.shape[:3], dtype)
+
+    def solution(self, low: bool = False) -> jax.ShapeDtypeStruct:
+        """x or u, or a low half of it: one element where there is none."""
+        batch, T, _, heads, _, dim, _ = self.shape
+        whole = not low or self.plan.arithmetic.halves
+        return jax.ShapeDtypeStruct((batch, T, heads, dim) if whole else (batch, 1, 1, 1), self.wide)
+
+    def origins(self) -> Array:
+        if not self.plan.arithmetic.upcast:
+            return jnp.zeros((1, 1, 1, 1), jnp.float32)
+        found = origins(self.key, self.seen, _ORIGIN_ROWS).astype(jnp.float32)
+        return jnp.broadcast_to(found, (self.query.shape[0], *found.shape[1:]))
+
+    def visible(self, table: Table) -> tuple[Array, ...]:
+        """The visibility as the kernels take it: one number where there is none, all or none by batch entry."""
+        seen = self.seen
+        none = jnp.zeros((1, 1), jnp.int32)
+        rows = [none if x is None else x for x in (seen.start, seen.end, seen.query_ids, seen.key_ids)]
+        batch = self._visibilities(table)
+        rows = [jnp.broadcast_to(x, (batch, x.shape[1])) for x in rows]
+        mask = none if seen.mask is None else seen.mask.astype(jnp.int8)
+        tables = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in table)
+        return (*rows, mask, *tables)
+
+    def _visibilities(self, table: Table) -> int:
+        """How many batch entries have a visibility of their own: all, or one for all."""
+        return max(x.shape[0] for x in (self.seen.start, self.seen.end, table.rows))
+
+    def constants(self, shape: Launch, table: Table, rtol: float = 0.0) -> Constants:
+        _, _, _, heads, kv_heads, dim, value_dim = self.shape
+        options, arithmetic, mask = self.options, self.plan.arithmetic, self.seen.mask
+        solver = options.solver
+        axes = [False] * 4 if mask is None else [n > 1 for n in mask.shape]
+        return Constants(
+            HEADS=heads,
+            KV_HEADS=kv_heads,
+            D=dim,
+            DV=value_dim,
+            DP=padded(dim),
+            DVP=padded(value_dim),
+            BM=shape.BM,
+            BN=shape.BN,
+            STAGES=shape.num_stages,
+            EDGE_STAGES=1 if mask is None else shape.num_stages,
+            SCALE=options.qk_scale * _LOG2_E,
+            QK_SCALE=options.qk_scale,
+            PRECISION=arithmetic.precision,
+            UPCAST=arithmetic.upcast,
+            HALVES=arithmetic.halves,
+            SPLIT_BELOW=arithmetic.split_below,
+            LOW_ABOVE=arithmetic.low_above,
+            CAREFUL_ABOVE=arithmetic.careful_above,
+            FROM_FIRST=self.seen.from_first,
+            IDS=self.seen.query_ids is not None,
+            MASK=mask is not None,
+            **dict(zip(("MASK_B", "MASK_N", "MASK_T", "MASK_S"), axes, strict=True)),
+            PER_BATCH=self._visibilities(table) > 1,
+            PER_HEAD=table.rows.shape[1] > 1,
+            RTOL=rtol if solver.rtol is None else solver.rtol,
+            ATOL=0.0 if solver.atol is None else solver.atol,
+            MAX_ITERS=solver.max_iters,
+            PRECONDITION=solver.use_preconditioner,
+            FINISH=arithmetic.finish and solver.rtol is None,  # a stop that was asked for is kept to
+            DELTA_EPS=options.delta_eps,
+            QUERY_BM=self.plan.query.BM,
+        )
+
+
+def forward(
+    query: Array, key: Array, value: Array, lam: Array, seen: Visibility, options: Options, plan: Plan
+) -> tuple[Array, Saved, Residuals]:
+    """``(o, saved, residuals)``: the forward pass, and what ``backward`` needs of it."""
+    from flashlla_jax.kernels.forward import forward_kernel
+
+    problem = _Problem(query, key, value, seen, options, plan)
+    batch, T, S, heads, _, _, value_dim = problem.shape
+    shape = plan.forward
+    table = by_query_tiles(seen, S, shape.BM, shape.BN)
+    row = problem.row()
+    o, x_hi, x_lo, lse, defect, damping, omega, logsumexp, iterations, residual_norm = launch.call(
+        forward_kernel,
+        -(-T // shape.BM) * batch * heads,
+        (query, key, value, lam, *problem.visible(table), problem.origins()),
+        (T, S),
+        (
+            jax.ShapeDtypeStruct((batch, T, heads, value_dim), query.dtype),
+            problem.solution(),
+            problem.solution(low=True),
+            row,
+            row if plan.arithmetic.exact else jax.ShapeDtypeStruct((batch, 1, 1), jnp.float32),
+            row,
+            row,
+            row,
+            problem.row(jnp.int32),
+            row,
+        ),
+        shape,
+        problem.constants(shape, table, plan.arithmetic.forward_rtol),
+    )
+    return o, Saved(x_hi, x_lo, lse, defect, damping), Residuals(omega, logsumexp, iterations, residual_norm)
+
+
+def backward(
+    query: Array,
+    key: Array,
+    value: Array,
+    lam: Array,
+    seen: Visibility,
+    saved: Saved,
+    g: Array,
+    options: Options,
+    plan: Plan,
+) -> tuple[Array, Array, Array, Array]:
+    """``(dquery, dkey, dvalue, dridge_lambda)`` for the cotangent g of the output."""
+    from flashlla_jax.kernels.backward import key_kernel, query_kernel
+
+    problem = _Problem(query, key, value, seen, options, plan)
+    batch, T, S, heads, kv_heads, _, _ = problem.shape
+    origin = problem.origins()
+    shape = plan.query
+    table = by_query_tiles(seen, S, shape.BM, shape.BN)
+    tiles = -(-T // shape.BM)
+    pairs = jax.ShapeDtypeStruct((batch, heads, tiles * shape.BM, 2), jnp.float32)
+    dq, dlam, u_hi, u_lo, lse_a0, b0_c0, low = launch.call(
+        query_kernel,
+        tiles * batch * heads,
+        (query, key, value, lam, *problem.visible(table), origin, *saved, g),
+        (T, S),
+        (
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            problem.row(),
+            problem.solution(),
+            problem.solution(low=True),
+            pairs,
+            pairs,
+            problem.row(jnp.int32),
+        ),
+        shape,
+        problem.constants(shape, table, plan.arithmetic.backward_rtol),
+    )
+    shape = plan.key
+    table = by_key_tiles(seen, S, shape.BM, shape.BN)
+    dk, dv = launch.call(
+        key_kernel,
+        -(-S // shape.BN) * batch * kv_heads,
+        (query, key, value, *problem.visible(table), origin, saved.x_hi, saved.x_lo, u_hi, u_lo, g, lse_a0, b0_c0, low),
+        (T, S),
+        (jax.ShapeDtypeStruct(key.shape, key.dtype), jax.ShapeDtypeStruct(value.shape, value.dtype)),
+        shape,
+        problem.constants(shape, table),
+    )
+    return dq, dk, dv, dlam

@@ -1,0 +1,121 @@
+"""How a call is computed by the kernels: tile shapes, warps, pipeline stages and arithmetic, in one hashable value.
+
+A plan is resolved once, from dtype, precision, head dimensions and GPU, and is part of what is traced: another plan is
+another program.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_LARGEST_DIM = 256
+
+
+class Launch(NamedTuple):
+    """Queries and keys per tile, warps per program, and depth of the software pipeline."""
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+
+class Arithmetic(NamedTuple):
+    """How products are computed, by dtype and precision; ``kernels/constants.py`` says more of each."""
+
+    upcast: bool  # tiles to float32 after loading
+    precision: str  # of a float32 product
+    halves: bool  # x and u as hi + lo
+    split_below: float  # the matvec's weights too, where lambda < split_below * (variance of a key's feature)
+    low_above: float  # the low half of x is used where it moves kc.x by more than this
+    careful_above: float  # what the halves leave of x is, too, and the output's weights made to sum to 1
+    forward_rtol: float
+    backward_rtol: float
+    finish: bool  # whether these stops count on a last step that takes no product, see kernels/solver.py
+
+    @property
+    def exact(self) -> bool:
+        """Whether products keep all of float32, so that the solves' defects are worth keeping."""
+        return self.upcast and self.precision != "tf32"
+
+
+class Plan(NamedTuple):
+    """All that the kernels' shapes and arithmetic depend on beside the call itself."""
+
+    arithmetic: Arithmetic
+    forward: Launch
+    query: Launch
+    key: Launch
+
+
+# By the least compute capability, (kernel, bytes of a product's operand) and padded head dimension, the larger of the
+# key's and the value's. 64 and 128 of capability 90 were chosen by time on an H200 (benchmarks/tune.py times candidates
+# like those again), the rest by what the compiler makes of them, the least register spills. The key kernel's BM divides
+# the query's; for 4 bytes BM is 32 at the most (kernels/tiles.py, load_origin).
+TABLE: dict[int, dict[tuple[str, int], dict[int, Launch]]] = {
+    90: {
+        ("forward", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 4, 3), 256: Launch(64, 32, 4, 2)},
+        ("query", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 4, 3), 256: Launch(64, 32, 4, 1)},
+        ("key", 2): {64: Launch(32, 64, 4, 3), 128: Launch(32, 128, 8, 2), 256: Launch(32, 64, 4, 1)},
+    },
+    80: {
+        ("forward", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 8, 2), 256: Launch(16, 16, 4, 1)},
+        ("query", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 8, 2), 256: Launch(16, 16, 4, 1)},
+        ("key", 2): {64: Launch(32, 64, 4, 3), 128: Launch(32, 64, 8, 2), 256: Launch(16, 32, 8, 1)},
+        ("forward", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(16, 16, 4, 1)},
+        ("query", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
+        ("key", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 8, 1), 256: Launch(16, 16, 4, 1)},
+    },
+}
+
+
+def entries(kernel: str, operand_bytes: int, capability: int) -> dict[int, Launch]:
+    """By padded head dimension, of the newest GPU in the table that is not newer than this one."""
+    tables = [TABLE[least] for least in sorted(TABLE, reverse=True) if least <= capability]
+    return next(table[kernel, operand_bytes] for table in tables if (kernel, operand_bytes) in table)
+
+
+def plan_for(query: Any, value: Any, precision: lax.Precision, capability: int | None = None) -> Plan:
+    """The plan for arrays of these dtypes and head dimensions; ``capability`` is 90 for 9.0, None the default device's."""
+    arithmetic = _arithmetic(jnp.dtype(query.dtype), precision)
+    capability = _capability() if capability is None else capability
+    operand_bytes = 4 if arithmetic.upcast else query.dtype.itemsize
+    widest = max(64, padded(query.shape[-1]), padded(value.shape[-1]))
+    return Plan(arithmetic, *(entries(name, operand_bytes, capability)[widest] for name in ("forward", "query", "key")))
+
+
+def padded(dim: int) -> int:
+    """A head dimension as a tile has it: a power of two, 16 at least."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def refusal(query: Any, value: Any) -> str | None:
+    """Why these kernels cannot serve this call, or None."""
+    if query.dtype == jnp.float64:
+        return "it does not compute in float64"
+    widest = max(query.shape[-1], value.shape[-1])
+    if widest > _LARGEST_DIM:
+        return f"its head dimension is at most {_LARGEST_DIM}, got {widest}"
+    return None
+
+
+def _arithmetic(dtype: jnp.dtype, precision: lax.Precision) -> Arithmetic:
+    if dtype == jnp.bfloat16 and precision != lax.Precision.HIGHEST:
+        if precision == lax.Precision.HIGH:
+            return Arithmetic(False, "tf32", True, math.inf, 0.0, 1e-4, 1e-8, 1e-11, True)
+        return Arithmetic(False, "tf32", True, 0.05, 1e-3, math.inf, 4e-6, 1e-6, True)
+    if precision == lax.Precision.DEFAULT:
+        return Arithmetic(True, "tf32", True, 0.0, 0.0, math.inf, 1e-7, 1e-7, False)
+    name, rtol = ("tf32x3", 1e-12) if precision == lax.Precision.HIGH else ("ieee", 1e-13)
+    return Arithmetic(True, name, False, 0.0, 0.0, math.inf, rtol, rtol, False)
+
+
+def _capability() -> int:
+    """Of JAX's default device, 90 for 9.0; where that is no NVIDIA GPU, the least that the kernels are made for."""
+    found = getattr(jax.devices()[0], "compute_capability", None)
+    return max(80, round(10 * float(found))) if found else 80
