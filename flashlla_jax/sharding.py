@@ -8,6 +8,7 @@ see into; what it cannot, it is told how to divide.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -124,7 +125,7 @@ def _places(arrays: Any, batch: int) -> Any:
         return jax.tree.map(of_hiding, x)
 
     def of_hiding(x: Any) -> _Places:
-        return _Places(0 if x.shape[0] == batch else None, 1 if x.ndim == 4 and x.shape[1] > 1 else None)
+        return _Places(0 if x.shape[0] == batch else None, 1 if len(x.shape) == 4 and x.shape[1] > 1 else None)
 
     return jax.tree.map(of, arrays, is_leaf=lambda x: isinstance(x, Visibility))
 
@@ -136,8 +137,6 @@ def divisible(run: Callable[..., Any]) -> Callable[..., Any]:
     the batch, and axis 2 the heads, the key/value heads, or 1. On one device nothing changes: ``run`` is lowered as it
     is.
     """
-    divided = custom_partitioning(lambda *arrays: run(*arrays))  # which would fill in a partial's keywords
-
     def partition(mesh: Any, given: Any, results: Any) -> Any:
         query, key = given[:2]
         batch, _, heads, _ = query.sharding.spec
@@ -153,18 +152,22 @@ def divisible(run: Callable[..., Any]) -> Callable[..., Any]:
 
         return mesh, run, shardings(results), shardings(given)
 
-    divided.def_partition(partition, sharding_rule=_rule)
-
     def call(*arrays: Any) -> Any:
-        # inside jax.shard_map it is divided already
-        inside = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
-        return (run if inside else divided)(*arrays)
+        if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+            return run(*arrays)  # inside jax.shard_map it is divided already
+        divided = custom_partitioning(lambda *arrays: run(*arrays))  # which would fill in a partial's keywords
+        divided.def_partition(partition, sharding_rule=partial(_rule, jax.tree.structure(arrays)))
+        return divided(*arrays)
 
     return call
 
 
-def _rule(mesh: Any, given: Any, results: Any) -> tuple[str, dict[str, Any]]:
-    """In the notation of ``custom_partitioning``: which axes of the arrays are divided together, and which are not."""
+def _rule(tree: Any, mesh: Any, given: Any, results: Any) -> tuple[str, dict[str, Any]]:
+    """In the notation of ``custom_partitioning``: which axes of the arrays are divided together, and which are not.
+
+    ``given`` and ``results`` are the types of the flat arrays, ``tree`` is the structure of the arguments.
+    """
+    given = tree.unflatten(given)
     query, key = given[:2]
     kv_heads = key.shape[2]
     whole: list[str] = []
