@@ -3,7 +3,7 @@
     python -m benchmarks.tune [--kernels forward query key] [--dims 64 128 256] [--output FILE]
     python -m benchmarks.tune --kernels key --dims 128 --candidates 64,64,4,2 64,128,8,1
 
-The lines printed at the end replace those of ``_TABLE`` in ``flashlla_jax/kernels/launch.py``, or begin the entry of
+The lines printed at the end replace those of ``TABLE`` in ``flashlla_jax/kernels/plan.py``, or begin the entry of
 this GPU's compute capability there. A candidate is rated by the geometric mean of its times at the ridges 10 and 0.1;
 one that does not compile, does not fit, or computes something else than the launch in the table is skipped with one
 line. Compiling takes 5 to 10 s a candidate.
@@ -26,10 +26,11 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from benchmarks.timing import described, environment, jax_timer, median_time, one_line, require_gpu
-from flashlla_jax.interface import Options
-from flashlla_jax.kernels import attention as kernels
-from flashlla_jax.kernels import launch as launching
-from flashlla_jax.kernels.launch import Launch
+from flashlla_jax.interface import Options, SolverOptions
+from flashlla_jax.kernels import passes
+from flashlla_jax.kernels import plan as planning
+from flashlla_jax.kernels.plan import Launch
+from flashlla_jax.visibility import Hiding, Visibility, visibility
 
 Array = jax.Array
 
@@ -103,7 +104,7 @@ class Entry:
 
     @property
     def current(self) -> Launch:
-        return launching.entries(self.kernel, self.operand_bytes, launching.capability())[self.dim]
+        return planning.entries(self.kernel, self.operand_bytes, planning._capability())[self.dim]
 
     @property
     def best(self) -> Launch | None:
@@ -117,15 +118,19 @@ def geometric_mean(values: list[float]) -> float:
 @contextlib.contextmanager
 def patched(entry: Entry, launch: Launch) -> Iterator[None]:
     """The launch table with one entry replaced, and nothing left that was traced with another one."""
-    rows = launching.entries(entry.kernel, entry.operand_bytes, launching.capability())
+    rows = planning.entries(entry.kernel, entry.operand_bytes, planning._capability())
     before = rows[entry.dim]
     rows[entry.dim] = launch
-    kernels.forget_traces()
+    jax.clear_caches()
     try:
         yield
     finally:
         rows[entry.dim] = before
-        kernels.forget_traces()
+        jax.clear_caches()
+
+
+def causal(length: int) -> Visibility:
+    return visibility(Hiding(True, None, 0, None, None, None, False, None), length, length)
 
 
 @dataclass
@@ -141,13 +146,9 @@ class Problem:
     def draw(cls, operand_bytes: int, dim: int, with_backward: bool) -> Problem:
         batch, length = _SHAPES[dim]
         options = Options(
-            is_causal=True,
             qk_scale=dim**-0.5,
             delta_eps=1e-12,
-            cg_atol=None,
-            cg_rtol=None,
-            cg_max_iters=max(32, 4 * dim),
-            cg_use_preconditioner=False,
+            solver=SolverOptions(None, None, max(32, 4 * dim), False),
             precision=jax.lax.Precision.DEFAULT,
         )
         keys = jax.random.split(jax.random.key(0), 4)
@@ -157,18 +158,23 @@ class Problem:
             lam = jnp.full((batch, length, 1), ridge, jnp.float32)
             problem.forward_inputs.append((q, k, v, lam))
             if with_backward:
-                _, saved, _ = jax.jit(lambda *a: kernels._forward(*a, options=options))(q, k, v, lam)
+                _, saved, _ = jax.jit(problem.forward)(q, k, v, lam)
                 problem.backward_inputs.append((q, k, v, lam, saved, g))
         return problem
 
     def function(self, kernel: str) -> Callable[..., Any]:
         """What is timed for a kernel: XLA drops the kernels whose results are not returned."""
-        options = self.options
         if kernel == "forward":
-            return lambda *a: kernels._forward(*a, options=options)[0]
-        if kernel == "query":
-            return lambda *a: kernels._backward(*a, options=options)[0]
-        return lambda *a: kernels._backward(*a, options=options)[:3]
+            return lambda *a: self.forward(*a)[0]
+        return lambda *a: self.backward(*a)[0 if kernel == "query" else slice(3)]
+
+    def forward(self, q: Array, k: Array, v: Array, lam: Array) -> Any:
+        plan = planning.plan_for(q, v, self.options.precision)
+        return passes.forward(q, k, v, lam, causal(q.shape[1]), self.options, plan)
+
+    def backward(self, q: Array, k: Array, v: Array, lam: Array, saved: Any, g: Array) -> Any:
+        plan = planning.plan_for(q, v, self.options.precision)
+        return passes.backward(q, k, v, lam, causal(q.shape[1]), saved, g, self.options, plan)
 
     def inputs(self, kernel: str) -> list[tuple[Any, ...]]:
         return self.forward_inputs if kernel == "forward" else self.backward_inputs
@@ -217,12 +223,12 @@ def entries(args: argparse.Namespace) -> list[Entry]:
     found = []
     for dim in args.dims:
         for kernel in args.kernels:
-            known = launching.entries(kernel, args.operand_bytes, launching.capability())[dim]
+            known = planning.entries(kernel, args.operand_bytes, planning._capability())[dim]
             given = args.candidates or [Launch(*c) for c in _CANDIDATES[args.operand_bytes][dim][kernel]]
             if args.operand_bytes == 4:  # kernels/tiles.py, load_origin
                 given = [c for c in given if c.BM <= 32]
             if kernel == "key":  # it reads what the query kernel wrote for whole tiles of its own
-                queries = launching.entries("query", args.operand_bytes, launching.capability())[dim].BM
+                queries = planning.entries("query", args.operand_bytes, planning._capability())[dim].BM
                 given = [c for c in given if queries % c.BM == 0]
             # the one in the table first: the others are compared with its results
             found.append(Entry(kernel, args.operand_bytes, dim, list(dict.fromkeys([known, *given]))))
@@ -243,7 +249,7 @@ def tune(todo: list[Entry], repeats: int, budget: float) -> None:
                         raise TimeoutError(f"not tried, {budget:g} s are over")
                     if entry.dim not in problems:
                         problems.clear()  # one in memory at a time
-                        kernels.forget_traces()
+                        jax.clear_caches()
                         backward = any(e.kernel != "forward" for e in todo if e.dim == entry.dim)
                         problems[entry.dim] = Problem.draw(entry.operand_bytes, entry.dim, backward)
                     times, results = attempt(problems[entry.dim], entry, launch, repeats)
@@ -263,7 +269,7 @@ def attempt(problem: Problem, entry: Entry, launch: Launch, repeats: int) -> tup
     """Milliseconds of a kernel so launched and its results, for each ridge. Raises what running it raises."""
     if entry.kernel == "key" and problem.query_seconds is None:
         # the same number is taken off every candidate: it does not change their order
-        kernels.forget_traces()
+        jax.clear_caches()
         problem.query_seconds = problem.seconds("query", 2 * repeats)[0]
     with patched(entry, launch):
         seconds, results = problem.seconds(entry.kernel, repeats)
@@ -291,10 +297,10 @@ def table(tuned: list[Entry]) -> str:
 
 
 def table_lines(tuned: list[Entry]) -> str:
-    """The tuned keys of ``_TABLE`` as Python; an entry of which nothing ran stays as it is."""
+    """The tuned keys of ``TABLE`` as Python; an entry of which nothing ran stays as it is."""
     lines = []
     for kernel, operand_bytes in dict.fromkeys((e.kernel, e.operand_bytes) for e in tuned):
-        row = dict(launching.entries(kernel, operand_bytes, launching.capability()))
+        row = dict(planning.entries(kernel, operand_bytes, planning._capability()))
         for entry in tuned:
             if entry.kernel == kernel and entry.best is not None:
                 row[entry.dim] = entry.best
@@ -327,7 +333,7 @@ def main() -> None:
             described(environment(device)),
             table(tuned),
             "",
-            f"# flashlla_jax/kernels/launch.py, _TABLE[{launching.capability()}]:",
+            f"# flashlla_jax/kernels/plan.py, TABLE[{planning._capability()}]:",
             table_lines(tuned),
         ]
     )

@@ -1,9 +1,25 @@
 """Local Linear Attention for JAX."""
 
+from typing import TYPE_CHECKING, Any
+
 from flashlla_jax.attention import default_implementation, lla_attention, lla_attention_and_omega
 from flashlla_jax.interface import Residuals
-from flashlla_jax.nn import LLAttention
+
+if TYPE_CHECKING:
+    from flashlla_jax.nn import LLAttention
 
 __version__ = "0.1.0"
 
 __all__ = ["LLAttention", "Residuals", "default_implementation", "lla_attention", "lla_attention_and_omega"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LLAttention":  # Flax is loaded by those who use it
+        from flashlla_jax.nn import LLAttention
+
+        return LLAttention
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,11 +12,12 @@ The centred form and its gradient (design.md section 1; the symbols are the same
 
 One block of queries is worked on at a time. Its softmax weights against the keys that it can see, a (block, S) strip,
 are computed once and kept until the block is done, so a conjugate-gradient step costs two products. Loops over key
-blocks end at the last block that any query of the block sees: hidden blocks are never touched.
+blocks go from the first to the last that any query of the block sees: what lies outside is never touched.
 
-Within a query block every key is taken relative to ``origin``, the mean of the keys that the block's first query sees.
-The logits change by a constant per row and the regression not at all, and what a large common offset of the keys
-would lose to rounding is kept. Only keys that every query of the block sees enter it, so nothing leaks from the future.
+Within a query block every key is taken relative to the block's origin (origin.py).
+
+a_ij sums to 1 under p by definition, and b_ij to 0. So both are taken as what is left of products when their mean under
+p is subtracted: where one key holds all the weight, or the products are huge, the large parts cancel exactly.
 
 A mask is cut with the queries: what one block of them sees is a boolean strip as large as a quarter of its weights.
 """
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -33,7 +35,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from flashlla_jax import conjugate_gradient
-from flashlla_jax.interface import Options, Residuals, accumulation_dtype, differentiable, usable_ridge, visible_keys
+from flashlla_jax.interface import Options, Residuals, accumulation_dtype
+from flashlla_jax.origin import origins
+from flashlla_jax.sharding import varying_like
+from flashlla_jax.visibility import Visibility
 
 # Rows of a query block (times the query heads that share a key head) and of a key block. Measured on 2 CPU cores by
 # benchmarks/xla.py: larger blocks waste more on the diagonal, smaller ones spend more on loop overhead.
@@ -49,9 +54,12 @@ class _Queries(NamedTuple):
 
     q: Float[Array, "I H R D"]
     lam: Float[Array, "I H R"]
-    visible: Int[Array, "I R"]  # leading keys that the query sees
     origin: Float[Array, "I H 1 D"]
-    seen: Bool[Array, "J H R C"] | None = None  # with a mask, inside a scan: all that the query sees
+    start: Int[Array, " I #H R"]
+    end: Int[Array, " I #H R"]
+    ids: Int[Array, " I #H R"] | None
+    first: Int[Array, " I"]  # key blocks that some query of the block sees: from the first up to the stop
+    stop: Int[Array, " I"]
 
 
 class _Keys(NamedTuple):
@@ -61,14 +69,13 @@ class _Keys(NamedTuple):
     v: Float[Array, "J H C Dv"]
 
 
-class _Saved(NamedTuple):
-    """What the backward pass needs of the forward pass, in blocks of queries; relative to the block's origin."""
+class Saved(NamedTuple):
+    """What the backward pass needs of the forward pass; relative to the origin of the query's block."""
 
-    logsumexp: Float[Array, "I H R"]
-    kbar: Float[Array, "I H R D"]
-    x: Float[Array, "I H R D"]
-    a0: Float[Array, "I H R"]  # a_ij = a0_i - k_j.x_i
-    damping: Float[Array, "I H R"]
+    top: Float[Array, "B T N"]  # the largest logit
+    kbar: Float[Array, "B T N D"]
+    x: Float[Array, "B T N D"]
+    damping: Float[Array, "B T N"]
 
 
 @dataclass(frozen=True)
@@ -113,51 +120,65 @@ def _layouts(query: Array, key: Array) -> tuple[_Layout, _Layout]:
     return _layout(query, heads, _QUERY_BLOCK), _layout(key, heads, _KEY_BLOCK)
 
 
-def _cut(query: Array, key: Array, value: Array, lam: Array, options: Options) -> tuple[_Queries, _Keys]:
+def _cut(query: Array, key: Array, value: Array, lam: Array, seen: Visibility) -> tuple[_Queries, _Keys]:
     queries, keys = _layouts(query, key)
     dtype = accumulation_dtype(query.dtype)
-    visible = visible_keys(queries.length, keys.length, options.is_causal)
-    visible = jnp.pad(visible, (0, queries.count * queries.rows - queries.length), mode="edge")
-    visible = visible.reshape(queries.count, queries.rows)
-
-    first = visible[:, 0]
-    sums = jnp.cumsum(key.astype(dtype), axis=1)
-    origin = jnp.take(sums, first - 1, axis=1) / first[None, :, None, None].astype(dtype)  # (B, I, K, D)
-    origin = jnp.moveaxis(origin, 1, 0).reshape(queries.count, -1, 1, key.shape[-1])
-
+    origin = jnp.moveaxis(origins(key, seen, queries.rows), 1, 0)
+    by_block = partial(_by_block, layout=queries)
+    start, end = by_block(seen.start), by_block(seen.end)
+    first, stop = _key_blocks(start, end, keys)
     return (
         _Queries(
             q=queries.cut(query).astype(dtype),
-            lam=queries.cut(usable_ridge(lam)).astype(dtype),
-            visible=jnp.tile(visible, (1, queries.group)),
-            origin=origin,
+            lam=queries.cut(lam).astype(dtype),
+            origin=origin.reshape(queries.count, -1, 1, key.shape[-1]),
+            start=start,
+            end=end,
+            ids=None if seen.query_ids is None else by_block(seen.query_ids),
+            first=first,
+            stop=stop,
         ),
         _Keys(k=keys.cut(key).astype(dtype), v=keys.cut(value).astype(dtype)),
     )
 
 
-def _with_mask(queries: _Queries, keys: _Keys, mask: Array, i: Array, layout: _Layout) -> _Queries:
-    """Query block i with ``seen``, and with the mean of the keys that every query in it sees as its origin.
+def _by_block(x: Array, layout: _Layout) -> Array:
+    """What is known of every query, (1 or B, T), in the shape of their blocks: (I, 1 or H, R)."""
+    x = jnp.pad(x, [(0, 0), (0, layout.count * layout.rows - layout.length)], mode="edge")
+    x = jnp.moveaxis(x.reshape(x.shape[0], layout.count, layout.rows), 1, 0)
+    return jnp.tile(x if x.shape[1] == 1 else jnp.repeat(x, layout.heads, axis=1), (1, 1, layout.group))
 
-    A query that sees no key has no say in the origin. Where the queries have no key in common it is 0.
-    """
-    count, _, columns, _ = keys.k.shape
+
+def _key_blocks(start: Array, end: Array, keys: _Layout) -> tuple[Array, Array]:
+    """The first key block that some query of a block sees, and one more than the last; (I, H, R) -> (I,) each."""
+    blind = start >= end
+    start = jnp.where(blind, keys.length, start)
+    stop = (jnp.max(jnp.where(blind, 0, end), axis=(1, 2), initial=0) + keys.rows - 1) // keys.rows
+    return jnp.minimum(jnp.min(start, axis=(1, 2), initial=keys.length) // keys.rows, stop), stop
+
+
+def _strip_of_mask(mask: Array, i: Array, queries: _Layout, keys: _Layout) -> Bool[Array, "J H R C"]:
+    """What the mask shows of all keys to the queries of block i."""
+    columns = keys.count * keys.rows
     if mask.shape[2] > 1:
-        padding = layout.count * layout.rows - layout.length
-        mask = jnp.pad(mask, [(0, 0), (0, 0), (0, padding), (0, 0)], mode="edge")
-        mask = lax.dynamic_slice_in_dim(mask, i * layout.rows, layout.rows, axis=2)
+        mask = jnp.pad(mask, [(0, 0), (0, 0), (0, queries.count * queries.rows - queries.length), (0, 0)], mode="edge")
+        mask = lax.dynamic_slice_in_dim(mask, i * queries.rows, queries.rows, axis=2)
     if mask.shape[3] > 1:
-        mask = jnp.pad(mask, [(0, 0), (0, 0), (0, 0), (0, count * columns - mask.shape[3])])
-    mask = jnp.broadcast_to(mask, (layout.batch, layout.heads * layout.group, layout.rows, count * columns))
-    seen = jnp.moveaxis(mask.reshape(*queries.lam.shape, count, columns), 2, 0)
-    index = jnp.arange(count * columns, dtype=jnp.int32).reshape(count, 1, 1, columns)
-    seen = seen & (index < queries.visible[None, None, :, None])
+        mask = jnp.pad(mask, [(0, 0), (0, 0), (0, 0), (0, columns - mask.shape[3])])
+    mask = jnp.broadcast_to(mask, (queries.batch, queries.heads * queries.group, queries.rows, columns))
+    shape = (queries.batch * queries.heads, queries.group * queries.rows, keys.count, keys.rows)
+    return jnp.moveaxis(mask.reshape(shape), 2, 0)
 
-    blind = ~jnp.any(seen, axis=(0, 3), keepdims=True)
-    shared = jnp.all(seen | blind, axis=2)[..., None]
-    number = jnp.maximum(jnp.sum(shared, axis=(0, 2), dtype=keys.k.dtype), 1)
-    origin = jnp.sum(jnp.where(shared, keys.k, 0), axis=(0, 2)) / number
-    return queries._replace(seen=seen, origin=origin[:, None])
+
+def _visible(
+    queries: _Queries, key_ids: Array | None, mask: Array | None, columns: int, j: Array
+) -> Bool[Array, "#H R C"]:
+    """What the queries of a block see of key block j."""
+    column = (j * columns + jnp.arange(columns, dtype=jnp.int32))[None, None]
+    visible = (queries.start[..., None] <= column) & (column < queries.end[..., None])
+    if queries.ids is not None and key_ids is not None:
+        visible = visible & (queries.ids[..., None] == key_ids[j][:, None])
+    return visible if mask is None else visible & mask[j]
 
 
 class _Tolerances(NamedTuple):
@@ -177,8 +198,8 @@ def _tolerances(dtype: jnp.dtype, options: Options) -> _Tolerances:
     # float32 intermediates of 16-bit inputs keep their low halves where a product would round them to bfloat16 (TPU)
     narrow = dtype.itemsize == 2 and options.precision == lax.Precision.DEFAULT
     return _Tolerances(
-        rtol=rtol if options.cg_rtol is None else options.cg_rtol,
-        atol=0.0 if options.cg_atol is None else options.cg_atol,
+        rtol=rtol if options.solver.rtol is None else options.solver.rtol,
+        atol=0.0 if options.solver.atol is None else options.solver.atol,
         dot=lax.Precision.HIGH if narrow else options.precision,
     )
 
@@ -198,12 +219,24 @@ def _keys_by_features(t: Array, q: Array, dot: lax.Precision) -> Array:
     return jnp.einsum("hrc,hrd->hcd", t, q, precision=dot)
 
 
-class _QueryBlock(NamedTuple):
-    """One query block at work: its weights against the keys that it sees, ready for solves."""
+class _Strips(NamedTuple):
+    """What is known of one query block and every key block that it visits; the other key blocks hold old values.
+
+    They are handed from query block to query block, so that a block costs what it visits.
+    """
 
     k: Float[Array, "J H C D"]  # relative to the block's origin
-    weights: Float[Array, "J H R C"]  # p_ij; what lies at and beyond ``blocks`` is never read
-    blocks: Int[Array, ""]  # key blocks that some query of the block sees
+    weights: Float[Array, "J H R C"]  # p_ij
+    kx: Float[Array, "J H R C"]  # k_j.x_i
+    gamma: Float[Array, "J H R C"] | None  # in the backward pass
+
+
+class _Block(NamedTuple):
+    """One query block, ready for solves."""
+
+    strips: _Strips
+    first: Int[Array, ""]
+    stop: Int[Array, ""]
     kbar: Float[Array, "H R D"]
     lam: Float[Array, "H R"]
 
@@ -211,46 +244,29 @@ class _QueryBlock(NamedTuple):
 _Sum = TypeVar("_Sum")  # an array, or a tuple of them
 
 
-def _add_up(blocks: Array, start: _Sum, term: Callable[[Array], _Sum]) -> _Sum:
-    """start + sum over key blocks j < blocks of term(j)."""
-    return lax.fori_loop(0, blocks, lambda j, acc: jax.tree.map(jnp.add, acc, term(j)), start)
+def _add_up(block: _Block | _Queries, start: _Sum, term: Callable[[Array], _Sum]) -> _Sum:
+    """start + the sum of term(j) over the key blocks that the query block visits."""
+    return lax.fori_loop(block.first, block.stop, lambda j, acc: jax.tree.map(jnp.add, acc, term(j)), start)
 
 
-def _logits(queries: _Queries, k: Array, j: Array, options: Options, dot: lax.Precision) -> Array:
-    s = options.qk_scale * _rows_by_keys(queries.q, k, dot)
-    if queries.seen is not None:
-        return jnp.where(queries.seen[j], s, -jnp.inf)
-    columns = j * k.shape[1] + jnp.arange(k.shape[1], dtype=jnp.int32)
-    return jnp.where((columns[None, :] < queries.visible[:, None])[None], s, -jnp.inf)
+def _solve(block: _Block, rhs: Array, options: Options, tol: _Tolerances) -> conjugate_gradient.Solution:
+    """x = A^-1 rhs for every row of the block."""
+    k, weights = block.strips.k, block.strips.weights
 
-
-def _visible_blocks(queries: _Queries, k: Array) -> Array:
-    """How many of the key blocks (J, H, C, D), up to the last that some query of the block sees a key of."""
-    if queries.seen is not None:
-        used = jnp.any(queries.seen, axis=(1, 2, 3))
-        return jnp.max(jnp.where(used, jnp.arange(1, k.shape[0] + 1, dtype=jnp.int32), 0))
-    return (jnp.max(queries.visible) + k.shape[2] - 1) // k.shape[2]
-
-
-def _solve(block: _QueryBlock, rhs: Array, options: Options, tol: _Tolerances) -> conjugate_gradient.Solution:
-    """x = A^-1 rhs for every row of the block; ``defect`` is sum_j p_ij kc_ij.x, 0 but for rounding."""
-
-    def matvec(p: Array) -> tuple[Array, Array]:
+    def matvec(p: Array) -> Array:
         offset = jnp.sum(block.kbar * p, axis=-1)[..., None]
 
         def term(j: Array) -> tuple[Array, Array]:
-            t = block.weights[j] * (_rows_by_keys(p, block.k[j], tol.dot) - offset)
-            return _rows_by_features(t, block.k[j], tol.dot), jnp.sum(t, axis=-1)
+            t = weights[j] * (_rows_by_keys(p, k[j], tol.dot) - offset)
+            return _rows_by_features(t, k[j], tol.dot), jnp.sum(t, axis=-1)
 
-        product, t_sum = _add_up(block.blocks, (jnp.zeros_like(p), jnp.zeros_like(block.lam)), term)
-        return product - t_sum[..., None] * block.kbar + block.lam[..., None] * p, t_sum
+        product, t_sum = _add_up(block, (jnp.zeros_like(p), jnp.zeros_like(block.lam)), term)
+        return product - t_sum[..., None] * block.kbar + block.lam[..., None] * p
 
     inverse_diagonal = None
-    if options.cg_use_preconditioner:
+    if options.solver.use_preconditioner:
         squares = _add_up(
-            block.blocks,
-            jnp.zeros_like(rhs),
-            lambda j: _rows_by_features(block.weights[j], jnp.square(block.k[j]), tol.dot),
+            block, jnp.zeros_like(rhs), lambda j: _rows_by_features(weights[j], jnp.square(k[j]), tol.dot)
         )
         # the variance of a key coordinate; rounding may leave it just below 0
         inverse_diagonal = 1 / (jnp.maximum(squares - jnp.square(block.kbar), 0) + block.lam[..., None])
@@ -259,150 +275,214 @@ def _solve(block: _QueryBlock, rhs: Array, options: Options, tol: _Tolerances) -
         rhs,
         rtol=tol.rtol,
         atol=tol.atol,
-        max_iters=options.cg_max_iters,
+        max_iters=options.solver.max_iters,
         inverse_diagonal=inverse_diagonal,
     )
 
 
+def _logits(
+    strips: _Strips, queries: _Queries, keys: _Keys, visible: Callable[[Array], Array], scale: float, dot: lax.Precision
+) -> tuple[_Strips, Array]:
+    """The block's relative keys, its logits in place of weights, and the largest of every row."""
+
+    def term(j: Array, carry: tuple[_Strips, Array]) -> tuple[_Strips, Array]:
+        strips, top = carry
+        k = keys.k[j] - queries.origin
+        s = jnp.where(visible(j), scale * _rows_by_keys(queries.q, k, dot), -jnp.inf)
+        strips = strips._replace(k=strips.k.at[j].set(k), weights=strips.weights.at[j].set(s))
+        return strips, jnp.maximum(top, jnp.max(s, axis=-1))
+
+    return lax.fori_loop(queries.first, queries.stop, term, (strips, jnp.full_like(queries.lam, -jnp.inf)))
+
+
+def _normalised(strips: _Strips, queries: _Queries, omega: Array) -> tuple[_Strips, Array]:
+    """With weights that sum to 1, and omega, or 1 for a query that sees no key."""
+    total = jnp.where(omega > 0, omega, 1)
+
+    def divide(j: Array, weights: Array) -> Array:
+        return weights.at[j].set(weights[j] / total[..., None])
+
+    weights = lax.fori_loop(queries.first, queries.stop, divide, strips.weights)
+    return strips._replace(weights=weights), total
+
+
 def _forward_block(
-    queries: _Queries, keys: _Keys, options: Options, tol: _Tolerances
-) -> tuple[Array, _Saved, Residuals]:
-    q, lam, origin = queries.q, queries.lam, queries.origin
-    v = keys.v
-    k = keys.k - origin[None]
-    blocks = _visible_blocks(queries, k)
-    strip = jnp.zeros_like(q, shape=(*k.shape[:2], q.shape[1], k.shape[2]))
-
-    def logits_and_top(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        strip, top = carry
-        s = _logits(queries, k[j], j, options, tol.dot)
-        return strip.at[j].set(s), jnp.maximum(top, jnp.max(s, axis=-1))
-
-    strip, top = lax.fori_loop(0, blocks, logits_and_top, (strip, jnp.full_like(lam, -jnp.inf)))
-    if queries.seen is not None:  # a query that sees no key: weights exp(-inf - 0)
-        top = jnp.where(top == -jnp.inf, 0, top)
+    strips: _Strips,
+    queries: _Queries,
+    keys: _Keys,
+    visible: Callable[[Array], Array],
+    options: Options,
+    tol: _Tolerances,
+) -> tuple[_Strips, tuple[Array, Saved, Residuals]]:
+    q, lam, origin, v = queries.q, queries.lam, queries.origin, keys.v
+    strips, top = _logits(strips, queries, keys, visible, options.qk_scale, tol.dot)
+    top = jnp.where(top == -jnp.inf, 0, top)  # a query that sees no key: its weights are exp(-inf - 0)
 
     def weights_and_sums(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        strip, omega, kbar = carry
-        w = jnp.exp(strip[j] - top[..., None])
-        return strip.at[j].set(w), omega + jnp.sum(w, axis=-1), kbar + _rows_by_features(w, k[j], tol.dot)
+        weights, omega, kbar = carry
+        w = jnp.exp(weights[j] - top[..., None])
+        return weights.at[j].set(w), omega + jnp.sum(w, axis=-1), kbar + _rows_by_features(w, strips.k[j], tol.dot)
 
-    strip, omega, kbar = lax.fori_loop(0, blocks, weights_and_sums, (strip, jnp.zeros_like(lam), jnp.zeros_like(q)))
-    total = omega if queries.seen is None else jnp.where(omega > 0, omega, 1)
-    weights = lax.fori_loop(0, blocks, lambda j, strip: strip.at[j].set(strip[j] / total[..., None]), strip)
+    start = (strips.weights, jnp.zeros_like(lam), jnp.zeros_like(q))
+    weights, omega, kbar = lax.fori_loop(queries.first, queries.stop, weights_and_sums, start)
+    strips, total = _normalised(strips._replace(weights=weights), queries, omega)
     kbar = kbar / total[..., None]
-    block = _QueryBlock(k, weights, blocks, kbar, lam)
 
-    m = kbar - (q - origin)
+    m = jnp.where((omega > 0)[..., None], kbar - (q - origin), 0)
+    block = _Block(strips, queries.first, queries.stop, kbar, lam)
     solution = _solve(block, m, options, tol)
     x = jnp.where(jnp.isnan(lam)[..., None], jnp.nan, solution.x)  # a bad ridge never gives a plausible number
-    a0 = 1 + jnp.sum(kbar * x, axis=-1) + solution.defect
+
+    def products(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        kx, mean = carry
+        product = _rows_by_keys(x, strips.k[j], tol.dot)
+        return kx.at[j].set(product), mean + jnp.sum(strips.weights[j] * product, axis=-1)
+
+    kx, mean = lax.fori_loop(queries.first, queries.stop, products, (strips.kx, jnp.zeros_like(lam)))
     o = _add_up(
-        blocks,
+        queries,
         jnp.zeros_like(q, shape=(*q.shape[:2], v.shape[-1])),
-        lambda j: _rows_by_features(weights[j] * (a0[..., None] - _rows_by_keys(x, k[j], tol.dot)), v[j], tol.dot),
+        lambda j: _rows_by_features(strips.weights[j] * (1 + (mean[..., None] - kx[j])), v[j], tol.dot),
     )
     damping = total / (total + options.delta_eps * (1 + jnp.sum(m * x, axis=-1)))
     shift = options.qk_scale * jnp.sum(q * origin, axis=-1)  # what the origin took off the logits
-    residuals = Residuals(omega, top + jnp.log(omega) + shift, solution.iterations, solution.residual_norm)
-    return o * damping[..., None], _Saved(top + jnp.log(total), kbar, x, a0, damping), residuals
+    residuals = Residuals(omega, top + jnp.log(total) + shift, solution.iterations, solution.residual_norm)
+    return strips._replace(kx=kx), (o * damping[..., None], Saved(top, kbar, x, damping), residuals)
 
 
 def _backward_block(
-    queries: _Queries, keys: _Keys, saved: _Saved, g: Array, grads: _Keys, options: Options, tol: _Tolerances
-) -> tuple[Array, Array, _Keys]:
-    """dq and dlambda of the block, and dk and dv with the block's share added."""
-    q, lam, origin = queries.q, queries.lam, queries.origin
-    v = keys.v
-    k = keys.k - origin[None]
-    blocks = _visible_blocks(queries, k)
+    carry: tuple[_Strips, _Keys],
+    queries: _Queries,
+    keys: _Keys,
+    visible: Callable[[Array], Array],
+    saved: Saved,
+    g: Array,
+    options: Options,
+    tol: _Tolerances,
+) -> tuple[tuple[_Strips, _Keys], tuple[Array, Array]]:
+    """dk and dv with the block's share added, and dq and dlambda of the block."""
+    strips, grads = carry
+    q, lam, v = queries.q, queries.lam, keys.v
+    x = saved.x
     g = g * saved.damping[..., None]
-    strip = jnp.zeros_like(q, shape=(*k.shape[:2], q.shape[1], k.shape[2]))
+    loop = partial(lax.fori_loop, queries.first, queries.stop)
+    strips, _ = _logits(strips, queries, keys, visible, options.qk_scale, tol.dot)
+    k = strips.k
 
-    def weights_and_gamma(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        weights, gamma, gbar = carry
-        p = jnp.exp(_logits(queries, k[j], j, options, tol.dot) - saved.logsumexp[..., None])
-        gv = _rows_by_keys(g, v[j], tol.dot)
-        return weights.at[j].set(p), gamma.at[j].set(gv), gbar + jnp.sum(p * gv, axis=-1)
+    def weights_and_products(j: Array, carry: tuple[_Strips, Array]) -> tuple[_Strips, Array]:
+        strips, omega = carry
+        w = jnp.exp(strips.weights[j] - saved.top[..., None])
+        kx, gamma = _rows_by_keys(x, k[j], tol.dot), _rows_by_keys(g, v[j], tol.dot)
+        strips = strips._replace(
+            weights=strips.weights.at[j].set(w), kx=strips.kx.at[j].set(kx), gamma=strips.gamma.at[j].set(gamma)
+        )
+        return strips, omega + jnp.sum(w, axis=-1)
 
-    weights, gamma, gbar = lax.fori_loop(0, blocks, weights_and_gamma, (strip, strip, jnp.zeros_like(lam)))
+    strips, omega = loop(weights_and_products, (strips, jnp.zeros_like(lam)))
+    strips, _ = _normalised(strips, queries, omega)  # anew: where logits are huge, top is good to its rounding only
+    weights, kx, gamma = strips.weights, strips.kx, strips.gamma
+    zeros = jnp.zeros_like(lam)
+    kx_mean, gbar = _add_up(
+        queries,
+        (zeros, zeros),
+        lambda j: (jnp.sum(weights[j] * kx[j], axis=-1), jnp.sum(weights[j] * gamma[j], axis=-1)),
+    )
 
     def rhs(j: Array) -> tuple[Array, Array]:
         t = weights[j] * (gamma[j] - gbar[..., None])
         return _rows_by_features(t, k[j], tol.dot), jnp.sum(t, axis=-1)
 
-    y, t_sum = _add_up(blocks, (jnp.zeros_like(q), jnp.zeros_like(lam)), rhs)
+    y, t_sum = _add_up(queries, (jnp.zeros_like(q), zeros), rhs)
     y = y - t_sum[..., None] * saved.kbar
-    solution = _solve(_QueryBlock(k, weights, blocks, saved.kbar, lam), y, options, tol)
-    x, u = saved.x, solution.x
-    b0 = jnp.sum(saved.kbar * u, axis=-1) + solution.defect - gbar  # b_ij = gamma_ij + b0_i - k_j.u_i
+    block = _Block(strips, queries.first, queries.stop, saved.kbar, lam)
+    u = _solve(block, y, options, tol).x
+
+    def slopes(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        """gamma - k.u in gamma's place, and its mean: b_ij is the one less the other."""
+        gamma, mean = carry
+        left = gamma[j] - _rows_by_keys(u, k[j], tol.dot)
+        return gamma.at[j].set(left), mean + jnp.sum(weights[j] * left, axis=-1)
+
+    left, left_mean = loop(slopes, (gamma, zeros))
     dlam = jnp.sum(u * x, axis=-1)
     ridge_term = (lam * dlam)[..., None]
 
     def gradients(j: Array, carry: tuple[Array, _Keys]) -> tuple[Array, _Keys]:
         dq, (dk, dv) = carry
-        a = saved.a0[..., None] - _rows_by_keys(x, k[j], tol.dot)
-        b = gamma[j] + b0[..., None] - _rows_by_keys(u, k[j], tol.dot)
-        pa, pb = weights[j] * a, weights[j] * b
-        ds = options.qk_scale * (pa * b + weights[j] * ridge_term)
-        dk_j = _keys_by_features(ds, q, tol.dot) - _keys_by_features(pb, x, tol.dot) - _keys_by_features(pa, u, tol.dot)
+        p = weights[j]
+        pa, b = p * (1 + (kx_mean[..., None] - kx[j])), left[j] - left_mean[..., None]
+        ds = options.qk_scale * (pa * b + p * ridge_term)
+        dk_j = _keys_by_features(ds, q, tol.dot) - _keys_by_features(p * b, x, tol.dot)
+        dk_j = dk_j - _keys_by_features(pa, u, tol.dot)
         dq = dq + _rows_by_features(ds, k[j], tol.dot)
         return dq, _Keys(dk.at[j].add(dk_j), dv.at[j].add(_keys_by_features(pa, g, tol.dot)))
 
-    dq, grads = lax.fori_loop(0, blocks, gradients, (u, grads))
-    return dq, dlam, grads
+    dq, grads = loop(gradients, (u, grads))
+    return (strips._replace(gamma=left), grads), (dq, dlam)
+
+
+def _start(queries: _Queries, keys: _Keys, backward: bool) -> _Strips:
+    blocks, heads, columns, _ = keys.k.shape
+    strip = jnp.zeros_like(queries.q, shape=(blocks, heads, queries.q.shape[2], columns))
+    return _Strips(jnp.zeros_like(keys.k), strip, strip, strip if backward else None)
+
+
+def _visibility_of_blocks(
+    seen: Visibility, queries: _Layout, keys: _Layout
+) -> Callable[[Array, _Queries], Callable[[Array], Array]]:
+    """What the queries of block i see of key block j, by i and the block, then by j."""
+    key_ids = None if seen.key_ids is None else _by_block(seen.key_ids, keys)
+
+    def of(i: Array, block: _Queries) -> Callable[[Array], Array]:
+        mask = None if seen.mask is None else _strip_of_mask(seen.mask, i, queries, keys)
+        return partial(_visible, block, key_ids, mask, keys.rows)
+
+    return of
 
 
 def forward(
-    query: Array, key: Array, value: Array, ridge_lambda: Array, options: Options, mask: Array | None = None
-) -> tuple[tuple[Array, Residuals], _Saved]:
-    """``((o, residuals), saved)``: the forward pass, and what ``backward`` needs of it."""
+    query: Array, key: Array, value: Array, lam: Array, seen: Visibility, options: Options
+) -> tuple[Array, Saved, Residuals]:
+    """The output, what ``backward`` needs, and the residuals; lam is a usable ridge (interface.py)."""
     tol = _tolerances(query.dtype, options)
-    queries, keys = _cut(query, key, value, ridge_lambda, options)
+    queries, keys = _cut(query, key, value, lam, seen)
+    layout, key_layout = _layouts(query, key)
+    visible = _visibility_of_blocks(seen, layout, key_layout)
 
-    layout, _ = _layouts(query, key)
-
-    def step(_: None, of: tuple[Array, _Queries]) -> tuple[None, tuple[Array, _Saved, Residuals]]:
+    def step(strips: _Strips, of: tuple[Array, _Queries]) -> tuple[_Strips, tuple[Array, Saved, Residuals]]:
         i, block = of
-        block = block if mask is None else _with_mask(block, keys, mask, i, layout)
-        return None, _forward_block(block, keys, options, tol)
+        return _forward_block(strips, block, keys, visible(i, block), options, tol)
 
-    _, (o, saved, residuals) = lax.scan(step, None, (jnp.arange(layout.count, dtype=jnp.int32), queries))
-    join = layout.join
-    return (join(o).astype(query.dtype), Residuals(*map(join, residuals))), saved
+    given = (query, key, value, lam, seen)
+    start = varying_like(_start(queries, keys, backward=False), given)
+    _, out = lax.scan(step, start, (jnp.arange(layout.count, dtype=jnp.int32), queries))
+    o, saved, residuals = jax.tree.map(layout.join, out)
+    return o.astype(query.dtype), saved, residuals
 
 
 def backward(
-    query: Array,
-    key: Array,
-    value: Array,
-    ridge_lambda: Array,
-    saved: _Saved,
-    g: Array,
-    options: Options,
-    mask: Array | None = None,
+    query: Array, key: Array, value: Array, lam: Array, seen: Visibility, saved: Saved, g: Array, options: Options
 ) -> tuple[Array, Array, Array, Array]:
-    """``(dquery, dkey, dvalue, dridge_lambda)`` for the cotangent g of the output."""
+    """``(dquery, dkey, dvalue, dlam)`` for the cotangent g of the output."""
     tol = _tolerances(query.dtype, options)
-    queries, keys = _cut(query, key, value, ridge_lambda, options)
-    query_layout, key_layout = _layouts(query, key)
-    g = query_layout.cut(g, mode="constant").astype(queries.q.dtype)  # padding adds nothing to dk and dv
+    queries, keys = _cut(query, key, value, lam, seen)
+    layout, key_layout = _layouts(query, key)
+    visible = _visibility_of_blocks(seen, layout, key_layout)
+    g = layout.cut(g, mode="constant").astype(queries.q.dtype)  # padding adds nothing to dk and dv
 
-    def step(grads: _Keys, of: tuple[Array, _Queries, _Saved, Array]) -> tuple[_Keys, tuple[Array, Array]]:
+    def step(
+        carry: tuple[_Strips, _Keys], of: tuple[Array, _Queries, Saved, Array]
+    ) -> tuple[tuple[_Strips, _Keys], tuple[Array, Array]]:
         i, block, of_saved, of_g = of
-        block = block if mask is None else _with_mask(block, keys, mask, i, query_layout)
-        dq, dlam, grads = _backward_block(block, keys, of_saved, of_g, grads, options, tol)
-        return grads, (dq, dlam)
+        return _backward_block(carry, block, keys, visible(i, block), of_saved, of_g, options, tol)
 
-    blocks = (jnp.arange(query_layout.count, dtype=jnp.int32), queries, saved, g)
-    grads, (dq, dlam) = lax.scan(step, jax.tree.map(jnp.zeros_like, keys), blocks)
+    given = (query, key, value, lam, seen, saved, g)
+    start = (_start(queries, keys, backward=True), jax.tree.map(jnp.zeros_like, keys))
+    blocks = (jnp.arange(layout.count, dtype=jnp.int32), queries, jax.tree.map(layout.cut, saved), g)
+    (_, grads), (dq, dlam) = lax.scan(step, varying_like(start, given), blocks)
     return (
-        query_layout.join(dq).astype(query.dtype),
+        layout.join(dq).astype(query.dtype),
         key_layout.join(grads.k).astype(key.dtype),
         key_layout.join(grads.v).astype(value.dtype),
-        query_layout.join(dlam).astype(ridge_lambda.dtype),
+        layout.join(dlam).astype(lam.dtype),
     )
-
-
-# Local Linear Attention and its exact gradient in O(S D) memory.
-attention = differentiable(forward, backward)

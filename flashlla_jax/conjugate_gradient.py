@@ -15,14 +15,11 @@ class Solution(NamedTuple):
 
     Attributes:
         x: the solution.
-        defect: ``sum alpha t`` over the steps, t being the second result of ``matvec``. A linear functional of x that
-            ought to vanish and does not quite, gathered for free (design.md section 2).
         iterations: int32, the steps that the row took part in.
         residual_norm: ``|rhs - A x|`` as the recurrence tracks it.
     """
 
     x: Float[Array, "*rows D"]
-    defect: Float[Array, "*rows"]
     iterations: Int[Array, "*rows"]
     residual_norm: Float[Array, "*rows"]
 
@@ -34,7 +31,6 @@ class _State(NamedTuple):
     r: Float[Array, "*rows D"]
     p: Float[Array, "*rows D"]
     rz: Float[Array, "*rows"]
-    defect: Float[Array, "*rows"]
     iterations: Int[Array, "*rows"]
 
 
@@ -43,7 +39,7 @@ def _dot(a: Array, b: Array) -> Array:
 
 
 def solve(
-    matvec: Callable[[Array], tuple[Array, Array]],
+    matvec: Callable[[Array], Array],
     rhs: Float[Array, "*rows D"],
     *,
     rtol: float,
@@ -58,7 +54,7 @@ def solve(
     or a system that rounding has made indefinite) stops where it is.
 
     Args:
-        matvec: ``p -> (A p, t)`` for all rows; t is a scalar per row, see ``Solution.defect``.
+        matvec: ``p -> A p`` for all rows.
         rhs: right-hand sides.
         rtol: relative tolerance, of the squared norm.
         atol: absolute floor of the squared norm that ``rtol`` multiplies.
@@ -79,7 +75,6 @@ def solve(
         r=rhs,
         p=p,
         rz=_dot(rhs, p),
-        defect=jnp.zeros_like(rr),
         iterations=jnp.zeros_like(rr, dtype=jnp.int32),
     )
 
@@ -87,7 +82,7 @@ def solve(
         return (state.step < max_iters) & jnp.any(state.live)
 
     def advance(state: _State) -> _State:
-        product, t = matvec(state.p)
+        product = matvec(state.p)
         curvature = _dot(state.p, product)
         live = state.live & (curvature > 0)
         alpha = jnp.where(live, state.rz / jnp.where(live, curvature, 1), 0)
@@ -104,9 +99,8 @@ def solve(
             r=r,
             p=z + beta[..., None] * state.p,
             rz=rz,
-            defect=jnp.where(live, state.defect + alpha * t, state.defect),
             iterations=state.iterations + live.astype(jnp.int32),
         )
 
     end = jax.lax.while_loop(unfinished, advance, start)
-    return Solution(end.x, end.defect, end.iterations, jnp.sqrt(_dot(end.r, end.r)))
+    return Solution(end.x, end.iterations, jnp.sqrt(_dot(end.r, end.r)))

@@ -9,7 +9,7 @@ For query i over its visible keys j (arXiv 2510.01450, section 3; design.md sect
     mu_i = sum_j w_ij z_ij,  Sigma_i = sum_j w_ij z_ij z_ij^T + lambda_i omega_i I,  rho_i = Sigma_i^-1 mu_i
     o_i = sum_j w_ij (1 - z_ij.rho_i) / (omega_i - mu_i.rho_i) v_j
 
-A query that sees no key, by a mask, has output zero.
+A query that sees no key has output zero.
 
 ``delta_eps`` is added, with its sign, to the denominator ``omega_i - mu_i.rho_i``. The factor that this multiplies
 ``o_i`` by counts as a constant under differentiation.
@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from flashlla_jax.interface import Options, Residuals, accumulation_dtype, usable_ridge, visible_keys
+from flashlla_jax.interface import Options, Residuals, accumulation_dtype, usable_ridge
+from flashlla_jax.visibility import Visibility, dense, seeing_queries, without_hidden
 
 
 def _by_head(x: Array, heads: int) -> Array:
@@ -30,13 +31,10 @@ def _by_head(x: Array, heads: int) -> Array:
     return jnp.repeat(x, heads // x.shape[1], axis=1)
 
 
-def _weights(q: Array, k: Array, options: Options, mask: Array | None) -> tuple[Array, Array, Array, Array]:
+def _weights(q: Array, k: Array, seen: Visibility, options: Options) -> tuple[Array, Array, Array, Array]:
     """``(w, omega, total, top)``: w (B, N, T, S), 0 where key j is hidden from query i; total is omega, or 1 for 0."""
     s = options.qk_scale * jnp.einsum("bntd,bnsd->bnts", q, k, precision="highest")
-    visible = visible_keys(q.shape[2], k.shape[2], options.is_causal)
-    seen = (jnp.arange(k.shape[2], dtype=jnp.int32)[None, :] < visible[:, None])[None, None]
-    seen = seen if mask is None else seen & mask
-    s = jnp.where(seen, s, -jnp.inf)
+    s = jnp.where(dense(seen, k.shape[2]), s, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
     top = jnp.where(top == -jnp.inf, 0, top)
     w = jnp.exp(s - top)
@@ -44,9 +42,14 @@ def _weights(q: Array, k: Array, options: Options, mask: Array | None) -> tuple[
     return w, omega, jnp.where(omega > 0, omega, 1), top[..., 0]
 
 
-def _canonical(query: Array, key: Array, value: Array, ridge_lambda: Array) -> tuple[Array, Array, Array, Array]:
-    """Heads first, in the accumulation dtype."""
+def _canonical(
+    query: Array, key: Array, value: Array, ridge_lambda: Array, seen: Visibility
+) -> tuple[Array, Array, Array, Array]:
+    """Heads first, in the accumulation dtype, without what nothing may depend on."""
     dtype = accumulation_dtype(query.dtype)
+    if not seen.complete:
+        query, key, value = without_hidden(query, key, value, seen)
+        ridge_lambda = jnp.where(seeing_queries(seen, key.shape[1]), ridge_lambda, 1)
     heads = query.shape[2]
     q = jnp.moveaxis(query, 2, 1).astype(dtype)
     k, v = (_by_head(x, heads).astype(dtype) for x in (key, value))
@@ -59,15 +62,15 @@ def attention(
     key: Float[Array, "B S K D"],
     value: Float[Array, "B S K Dv"],
     ridge_lambda: Float[Array, "B T N"],
+    seen: Visibility,
     options: Options,
-    mask: Bool[Array, "#B #N #T #S"] | None = None,
 ) -> tuple[Float[Array, "B T N Dv"], Residuals]:
     """The paper's form. Differentiable by JAX itself; 16-bit inputs are computed in float32.
 
-    The ``cg_*`` options and ``precision`` do not apply: the solve is direct and every product is exact to the dtype.
+    The solver's options and ``precision`` do not apply: the solve is direct and every product is exact to the dtype.
     """
-    q, k, v, lam = _canonical(query, key, value, ridge_lambda)
-    w, omega, total, top = _weights(q, k, options, mask)
+    q, k, v, lam = _canonical(query, key, value, ridge_lambda, seen)
+    w, omega, total, top = _weights(q, k, seen, options)
 
     z = k[:, :, None] - q[:, :, :, None]  # (B, N, T, S, D)
     wz = w[..., None] * z
@@ -81,12 +84,13 @@ def attention(
     weights = w * (1 - jnp.einsum("bntsd,bntd->bnts", z, rho, precision="highest")) / denominator[..., None]
     weights = weights * jax.lax.stop_gradient(damping)[..., None]
     o = jnp.einsum("bnts,bnsd->bntd", weights, v, precision="highest")
+    o = jnp.where((omega > 0)[..., None], o, 0)  # selected: the cotangent of a query that sees no key may be NaN
 
     # rho solves Sigma rho = mu; x of the centred form is rho omega / denominator, and m - A x its residual.
     defect = mu - jnp.einsum("bntde,bnte->bntd", sigma, rho, precision="highest")
     residuals = Residuals(
         omega=omega,
-        logsumexp=top + jnp.log(omega),
+        logsumexp=top + jnp.log(total),
         iterations=jnp.zeros(omega.shape, jnp.int32),
         residual_norm=jnp.linalg.norm(defect, axis=-1) / jnp.abs(denominator),
     )
@@ -99,18 +103,20 @@ def attention_backward(
     key: Float[Array, "B S K D"],
     value: Float[Array, "B S K Dv"],
     ridge_lambda: Float[Array, "B T N"],
+    seen: Visibility,
     cotangent: Float[Array, "B T N Dv"],
     options: Options,
-    mask: Bool[Array, "#B #N #T #S"] | None = None,
 ) -> tuple[Array, Array, Array, Array]:
     """The gradient of ``attention`` written out: ``(dquery, dkey, dvalue, dridge_lambda)``, shaped as the inputs.
 
     Dense, in the centred form (design.md section 1), with both solves by ``jnp.linalg.solve``. It equals ``jax.grad``
     of ``attention`` and is what the blockwise path and the kernels compute without a dense array.
     """
-    q, k, v, lam = _canonical(query, key, value, ridge_lambda)
+    q, k, v, lam = _canonical(query, key, value, ridge_lambda, seen)
+    if not seen.complete:
+        cotangent = jnp.where(seeing_queries(seen, key.shape[1])[..., None], cotangent, 0)
     g = jnp.moveaxis(cotangent, 2, 1).astype(q.dtype)
-    w, _, total, _ = _weights(q, k, options, mask)
+    w, _, total, _ = _weights(q, k, seen, options)
     p = w / total[..., None]
 
     def einsum(subscripts: str, *operands: Array) -> Array:

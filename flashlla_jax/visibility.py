@@ -122,14 +122,14 @@ def _made(
     arrays: Any,
 ) -> Visibility:
     query_lengths, key_lengths, segment_ids, mask = arrays
-    offset = jnp.int32(known_offset) if known_offset is not None else offset
-    offset = jnp.clip(offset, -LARGEST_POSITION, LARGEST_POSITION).astype(jnp.int32).reshape(-1, 1)
+    offset = jnp.int32(known_offset) if known_offset is not None else _as_positions(offset)
+    offset = offset.reshape(-1, 1)
     rows = jnp.arange(queries, dtype=jnp.int32)[None]
     start, end = _rule(static.is_causal, static.window, offset + rows, keys)
     if key_lengths is not None:
-        end = jnp.minimum(end, key_lengths.astype(jnp.int32)[:, None])
+        end = jnp.minimum(end, _as_positions(key_lengths)[:, None])
     if query_lengths is not None:
-        end = jnp.where(rows < query_lengths.astype(jnp.int32)[:, None], end, 0)
+        end = jnp.where(rows < _as_positions(query_lengths)[:, None], end, 0)
     if mask is not None and mask.shape[1:] == (1, queries, 1):  # hides whole queries
         end, mask = jnp.where(mask[:, 0, :, 0], end, 0), None
     start, end = _without_empty(start, end)
@@ -146,6 +146,15 @@ def _made(
         start, end = _first_and_last(jnp.any(dense(seen, keys), axis=1))
         seen = Visibility(start, end, *ids, mask, *flags)
     return seen
+
+
+def _as_positions(x: Array) -> Array:
+    """Integers of any dtype as int32, cut to what a position can be."""
+    if jnp.issubdtype(x.dtype, jnp.unsignedinteger) and x.dtype.itemsize >= 4:
+        x = jnp.minimum(x, LARGEST_POSITION)
+    elif x.dtype.itemsize >= 4:
+        x = jnp.clip(x, -LARGEST_POSITION, LARGEST_POSITION)
+    return x.astype(jnp.int32)
 
 
 def _without_empty(start: Array, end: Array) -> tuple[Array, Array]:
@@ -176,7 +185,7 @@ def _within_segments(
         segment_ids = (jnp.zeros((1, queries), jnp.int32), jnp.zeros((1, key_mask.shape[1]), jnp.int32))
     keys = segment_ids[1].shape[1]
     key_mask = jnp.ones((1, keys), bool) if key_mask is None else key_mask
-    batch = max(x.shape[0] for x in (start, *segment_ids, key_mask))
+    batch = next((x.shape[0] for x in (start, *segment_ids, key_mask) if x.shape[0] != 1), 1)  # may be symbolic
     given = (start, end, *segment_ids, key_mask)
     start, end, query_ids, key_ids, key_mask = (jnp.broadcast_to(x, (batch, x.shape[1])) for x in given)
 

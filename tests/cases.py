@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashlla_jax import lla_attention
+from flashlla_jax import lla_attention, operator
+from flashlla_jax.arguments import check_arrays, check_hiding, check_options, check_ridge
+from flashlla_jax.sharding import by_shard
+from flashlla_jax.visibility import dense, visibility
 
 RIDGES = (10.0, 1.0, 0.1, 0.01)
 GRADIENTS = ("dq", "dk", "dv", "dlambda")
@@ -109,14 +113,143 @@ def relative_error(got: jax.Array, truth: jax.Array, floor: float = 0.0) -> floa
     return float(np.linalg.norm(got - truth) / max(float(np.linalg.norm(truth)), floor))
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """A way of hiding keys: a shape, and the arguments that say so, the static ones apart from the arrays."""
+
+    shape: Shape
+    static: tuple[tuple[str, Any], ...]
+    arrays: Callable[[Shape, np.random.Generator], dict[str, Any]] = lambda shape, rng: {}
+
+    def given(self) -> dict[str, Any]:
+        """The arrays, by argument."""
+        return self.arrays(self.shape, np.random.default_rng(3))
+
+    def dense(self) -> np.ndarray:
+        """(B, N, T, S), True where a key is visible."""
+        shape, inputs = self.shape, draw(self.shape)
+        hiding = check_hiding(inputs.q, inputs.k, **{"is_causal": shape.is_causal, **dict(self.static), **self.given()})
+        shown = dense(visibility(hiding, shape.queries, shape.keys), shape.keys)
+        return np.broadcast_to(np.asarray(shown), (shape.batch, shape.heads, shape.queries, shape.keys))
+
+
+_SQUARE = Shape(2, 140, 140, 4, 2, 8, 12)
+_WIDE = Shape(2, 70, 150, 2, 1, 8, 8)
+_TALL = Shape(2, 150, 60, 2, 2, 8, 8)
+_FULL = Shape(2, 140, 140, 4, 2, 8, 12, is_causal=False)
+
+
+def _runs(batch: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    """Packed documents: ids that rise along the row."""
+    return np.sort(rng.integers(0, 6, (batch, length)), axis=1)
+
+
+def _pair(shape: Shape, rng: np.random.Generator, ids: Callable[..., np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return ids(shape.batch, shape.queries, rng), ids(shape.batch, shape.keys, rng)
+
+
+def _scattered(batch: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(-1, 2, (batch, length))
+
+
+def _random_mask(*axes: str) -> Callable[..., dict[str, Any]]:
+    """A third visible; with causality many queries see few keys, and some none."""
+
+    def arrays(shape: Shape, rng: np.random.Generator) -> dict[str, Any]:
+        sizes = {"B": shape.batch, "N": shape.heads, "T": shape.queries, "S": shape.keys, "1": 1}
+        return {"mask": rng.random([sizes[axis] for axis in axes]) < 0.3}
+
+    return arrays
+
+
+def _some_of_all(shape: Shape, rng: np.random.Generator) -> dict[str, Any]:
+    return {
+        "segment_ids": _runs(shape.batch, shape.keys, rng),
+        "key_value_seq_lengths": np.array([shape.keys - 9, shape.keys]),
+        "query_seq_lengths": np.array([shape.queries, shape.queries - 30]),
+        "mask": rng.random((shape.batch, 1, shape.queries, shape.keys)) < 0.6,
+    }
+
+
+HIDDEN = {
+    "window of itself": Hidden(_SQUARE, (("local_window_size", 0),)),
+    "window to the left": Hidden(_SQUARE, (("local_window_size", (33, 0)),)),
+    "window of both sides": Hidden(_FULL, (("local_window_size", (20, 40)),)),
+    "window, more keys": Hidden(_WIDE, (("local_window_size", (40, 0)),)),
+    "window wider than all": Hidden(_SQUARE, (("local_window_size", 10**12),)),
+    "packed": Hidden(_SQUARE, (), lambda shape, rng: {"segment_ids": _runs(shape.batch, shape.keys, rng)}),
+    "packed, full": Hidden(_FULL, (), lambda shape, rng: {"segment_ids": _runs(shape.batch, shape.keys, rng)}),
+    "packed, more keys": Hidden(_WIDE, (), lambda shape, rng: {"segment_ids": _pair(shape, rng, _runs)}),
+    "interleaved": Hidden(_SQUARE, (), lambda shape, rng: {"segment_ids": _scattered(shape.batch, shape.keys, rng)}),
+    "interleaved, more queries": Hidden(
+        dataclasses.replace(_TALL, is_causal=False),
+        (),
+        lambda shape, rng: {"segment_ids": _pair(shape, rng, _scattered)},
+    ),
+    "key lengths 0 and 1": Hidden(_SQUARE, (), lambda shape, rng: {"key_value_seq_lengths": np.array([0, 1])}),
+    "key lengths, some and all": Hidden(
+        _FULL, (), lambda shape, rng: {"key_value_seq_lengths": np.array([77, shape.keys])}
+    ),
+    "query lengths": Hidden(_WIDE, (), lambda shape, rng: {"query_seq_lengths": np.array([0, 33])}),
+    "at the start": Hidden(_WIDE, (("query_offset", 0),)),
+    "in the middle": Hidden(_TALL, (("query_offset", 7),)),
+    "before the start": Hidden(_SQUARE, (("query_offset", -30),)),
+    "traced offset": Hidden(_WIDE, (), lambda shape, rng: {"query_offset": np.int32(40)}),
+    "an offset for each": Hidden(
+        _WIDE, (("local_window_size", (60, 0)),), lambda shape, rng: {"query_offset": np.array([-10, 140])}
+    ),
+    "beyond the end": Hidden(
+        _WIDE, (("local_window_size", 5),), lambda shape, rng: {"query_offset": np.array([400, 120])}
+    ),
+    "mask": Hidden(_SQUARE, (), _random_mask(*"BNTS")),
+    "mask of the keys": Hidden(_FULL, (), _random_mask(*"B11S")),
+    "mask of the queries": Hidden(_SQUARE, (), _random_mask(*"1NT1")),
+    "mask of the heads": Hidden(_FULL, (), _random_mask(*"BN11")),
+    "mask that hides all": Hidden(_SQUARE, (), lambda shape, rng: {"mask": np.zeros((1, 1, 1, 1), bool)}),
+    "all at once": Hidden(_SQUARE, (("local_window_size", (50, 0)),), _some_of_all),
+    "all at once, scattered": Hidden(
+        _WIDE,
+        (("query_offset", 60), ("local_window_size", 45)),
+        lambda shape, rng: _some_of_all(shape, rng) | {"segment_ids": _pair(shape, rng, _scattered)},
+    ),
+}
+
+
+def operate(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    ridge_lambda: Any = 10.0,
+    only: Any = None,
+    plan: Any = None,
+    precision: Any = None,
+    is_causal: bool = True,
+    cg_rtol: float | None = None,
+    cg_use_preconditioner: bool = False,
+    **hiding: Any,
+) -> jax.Array:
+    """``lla_attention`` of rank 4 without its choice of an implementation: any side on any machine, with any plan."""
+    query, key, value = check_arrays(query, key, value)
+    hidden = check_hiding(query, key, is_causal=is_causal, **hiding)
+    options = check_options(query, None, 1e-12, None, cg_rtol, None, cg_use_preconditioner, precision)
+    arrays = {name: x for name, x in hidden._asdict().items() if name != "window" and not isinstance(x, int | None)}
+
+    def attend(q: Any, k: Any, v: Any, lam: Any, arrays: dict[str, Any]) -> Any:
+        seen = visibility(hidden._replace(**arrays), q.shape[1], k.shape[1])
+        return operator.attend(q, k, v, lam, seen, options, only=only, plan=plan)
+
+    return by_shard(attend, query, key, value, check_ridge(ridge_lambda, query), arrays)[0]
+
+
 @cache
 def outputs_and_gradients(attend: Callable[..., Any], **kwargs: Any) -> Callable[..., dict[str, jax.Array]]:
-    """jit-ed ``(inputs, ridge) -> {o, dq, dk, dv, dlambda}``, compiled once per options, dtype and shape."""
+    """jit-ed ``(inputs, ridge, hidden) -> {o, dq, dk, dv, dlambda}``, compiled once per options, dtype and shape."""
 
     @jax.jit
-    def run(inputs: Inputs, ridge: jax.Array) -> dict[str, jax.Array]:
+    def run(inputs: Inputs, ridge: jax.Array, hidden: dict[str, Any]) -> dict[str, jax.Array]:
         def call(q: jax.Array, k: jax.Array, v: jax.Array, lam: jax.Array) -> jax.Array:
-            return attend(q, k, v, ridge_lambda=lam, **kwargs)
+            return attend(q, k, v, ridge_lambda=lam, **hidden, **kwargs)
 
         o, vjp = jax.vjp(call, inputs.q, inputs.k, inputs.v, ridge)
         return dict(zip(("o", *GRADIENTS), (o, *vjp(inputs.g)), strict=True))
@@ -124,8 +257,15 @@ def outputs_and_gradients(attend: Callable[..., Any], **kwargs: Any) -> Callable
     return run
 
 
-def evaluate(inputs: Inputs, ridge: jax.Array, attend: Callable[..., Any] = lla_attention, **kwargs: Any):
-    return outputs_and_gradients(attend, **kwargs)(inputs, ridge)
+def evaluate(
+    inputs: Inputs,
+    ridge: jax.Array,
+    attend: Callable[..., Any] = lla_attention,
+    hidden: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> dict[str, jax.Array]:
+    """The output and all gradients; ``hidden`` are the arrays that hide keys, by argument."""
+    return outputs_and_gradients(attend, **kwargs)(inputs, ridge, hidden or {})
 
 
 def truth(inputs: Inputs, ridge: jax.Array, **kwargs: Any) -> dict[str, jax.Array]:

@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 
 from flashlla_jax import lla_attention
-from tests.cases import GRADIENTS, KIND_SHAPES, KINDS, RIDGES, Inputs, Shape, draw, evaluate, relative_error, truth
+from tests.cases import (
+    GRADIENTS,
+    HIDDEN,
+    KIND_SHAPES,
+    KINDS,
+    RIDGES,
+    Inputs,
+    Shape,
+    draw,
+    evaluate,
+    relative_error,
+    truth,
+)
 
 # Lengths 1 and 7, primes, one less and one more than a block of 128, grouped heads, odd head dimensions, value
 # dimension unlike the key's, more keys than queries (aligned at the end), full attention of either proportion.
@@ -70,6 +82,7 @@ class ImplementationTests:
         dense = evaluate(inputs, lam, implementation="reference", **kwargs) if dtype == "float32" else {}
         lines = []
         for name in ("o", *GRADIENTS):
+            assert bool(jnp.all(jnp.isfinite(got[name])))
             assert got[name].dtype == (lam.dtype if name == "dlambda" else inputs.q.dtype)
             floor = scale * float(jnp.linalg.norm(expected["dv"]))
             error = relative_error(got[name], expected[name], floor)
@@ -97,6 +110,37 @@ class ImplementationTests:
         # a single key leaves no gradient in q, k and lambda: there the error is measured on the output's scale
         lines = self.failures(inputs, lam, scale=1e-3, is_causal=shape.is_causal)
         assert not lines, "\n".join(lines)
+
+    @pytest.mark.parametrize("name", HIDDEN)
+    def test_hidden(self, name: str) -> None:
+        """Every way of hiding keys: as accurate as the plain call, and what is hidden may hold NaN."""
+        case = HIDDEN[name]
+        dtype = "float64" if "float64" in self.dtypes else "float32"
+        inputs = draw(case.shape, dtype, seed=1)
+        lam = jnp.asarray(np.random.default_rng(2).uniform(0.5, 2.0, case.shape.ridge), dtype)
+        kwargs = {"is_causal": case.shape.is_causal, "hidden": case.given(), **dict(case.static)}
+        # where queries see one key there is no gradient in q, k and lambda: their error is measured on the output's
+        # scale; where they see none at all there is none to measure
+        lines = self.failures(inputs, lam, scale=1e-3, **kwargs) if case.dense().any() else []
+        assert not lines, "\n".join(lines)
+
+        shown = case.dense()
+        queries = np.moveaxis(shown.any(axis=3), 1, 2)
+        keys = shown.any(axis=(1, 2)) if "mask" not in kwargs["hidden"] else _seen_by_group(shown, case.shape.kv_heads)
+        keys = keys.reshape(*keys.shape[:2], -1)
+        poisoned = Inputs(
+            *(
+                jnp.where(seen[..., None], x, jnp.nan)
+                for x, seen in zip(inputs, (queries, keys, keys, queries), strict=True)
+            )
+        )
+        plain = self.evaluate(inputs, lam, **self.options(dtype), **kwargs)
+        got = self.evaluate(poisoned, jnp.where(queries, lam, jnp.nan), **self.options(dtype), **kwargs)
+        for what, x in plain.items():
+            np.testing.assert_array_equal(got[what], x, err_msg=what)
+        for what, seen in (("o", queries), ("dq", queries), ("dlambda", queries), ("dk", keys), ("dv", keys)):
+            unseen = ~np.broadcast_to(seen, got[what].shape[:3])
+            np.testing.assert_array_equal(np.asarray(got[what])[unseen], 0, err_msg=what)
 
     @pytest.mark.parametrize("preconditioned", [False, True])
     def test_preconditioner_and_scale(self, preconditioned: bool) -> None:
@@ -216,3 +260,9 @@ class ImplementationTests:
         first, second = self.evaluate(inputs, lam), self.evaluate(inputs, lam)
         for name in first:
             np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def _seen_by_group(shown: np.ndarray, kv_heads: int) -> np.ndarray:
+    """(B, N, T, S) -> (B, S, K): which keys some query of the heads that share a key head sees."""
+    batch, _, _, keys = shown.shape
+    return np.moveaxis(shown.any(axis=2).reshape(batch, kv_heads, -1, keys).any(axis=2), 1, 2)

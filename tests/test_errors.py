@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 
 SHAPES = [
-    Case("rank 2", same(6, 4), ValueError, ("query", "rank 3, (B, S, D)", "rank 4, (B, T, N, H)", "got shape (6, 4)")),
+    Case("rank 2", same(6, 4), ValueError, ("query", "rank 3, (B, T, D)", "rank 4, (B, T, N, H)", "got shape (6, 4)")),
     Case("rank 5", same(1, 2, 6, 4, 8), ValueError, ("query", "rank 3", "rank 4", "(1, 2, 6, 4, 8)", "jax.vmap")),
     Case("scalar", {"key": array()}, ValueError, ("key", "rank 3", "rank 4", "got shape ()")),
     Case("rank 2 value", {"value": array(6, 4)}, ValueError, ("value", "rank 3", "rank 4", "got shape (6, 4)")),
@@ -100,6 +100,7 @@ SHAPES = [
             "query (2, 7, 4)",
             "key (2, 6, 4)",
             "is_causal=False",
+            "query_offset",
         ),
     ),
     Case("no queries", {"query": array(2, 0, 4)}, ValueError, ("query must not be empty", "got shape (2, 0, 4)")),
@@ -165,9 +166,9 @@ RIDGES = [
     ridge("complex array", np.ones(6, complex), TypeError, "must be real", "got dtype complex128"),
     ridge("bool array", np.ones(6, bool), TypeError, "must be real", "got dtype bool"),
     ridge("bool device array", jnp.ones(6, bool), TypeError, "must be real", "got dtype bool"),
-    ridge("shape (2,)", np.ones(2), ValueError, "(2,) does not broadcast to (B, S) = (2, 6)"),
-    ridge("shape (3, 6)", jnp.ones((3, 6)), ValueError, "(3, 6) does not broadcast to (B, S) = (2, 6)"),
-    ridge("more axes", np.ones((1, 2, 6)), ValueError, "(1, 2, 6) does not broadcast to (B, S) = (2, 6)"),
+    ridge("shape (2,)", np.ones(2), ValueError, "(2,) does not broadcast to (B, T) = (2, 6)"),
+    ridge("shape (3, 6)", jnp.ones((3, 6)), ValueError, "(3, 6) does not broadcast to (B, T) = (2, 6)"),
+    ridge("more axes", np.ones((1, 2, 6)), ValueError, "(1, 2, 6) does not broadcast to (B, T) = (2, 6)"),
     ridge("bigger batch", np.ones((4, 6, 4)), ValueError, "(B, T, N) = (2, 6, 4)", base=RANK_4),
     ridge(
         "per token without its axis",
@@ -253,9 +254,57 @@ MASKS = [
     masked("other batch", "key_value_seq_lengths", np.ones(3, int), ValueError, "(B,) = (2,)", "got (3,)"),
     masked("too long", "key_value_seq_lengths", np.array([3, 7]), ValueError, "between 0 and", "6", "got 3 to 7"),
     masked("negative", "key_value_seq_lengths", np.array([3, -1]), ValueError, "between 0 and", "got -1 to 3"),
+    masked("too long", "query_seq_lengths", np.array([3, 7]), ValueError, "between 0 and", "6", "got 3 to 7"),
+    masked("bool", "query_seq_lengths", np.ones(2, bool), TypeError, "must be integers, got dtype bool"),
 ]
 
-CASES = [*SHAPES, *DTYPES, *TYPES, *RIDGES, *OPTIONS, *MASKS]
+ONE_OR_PAIR = "an integer array or a pair of them"
+SEGMENTS = [
+    masked("a number", "segment_ids", 3, TypeError, ONE_OR_PAIR, "got int"),
+    masked("float", "segment_ids", np.ones((2, 6)), TypeError, "must be integers, got dtype float64"),
+    masked("too short", "segment_ids", np.ones((2, 5), int), ValueError, "(B, S) = (2, 6)", "got (2, 5)"),
+    masked("three", "segment_ids", (np.ones((2, 6), int),) * 3, ValueError, "a pair (query, key)", "got 3"),
+    masked("nested lists", "segment_ids", ([[1]], [[1]]), TypeError, ONE_OR_PAIR, "got list"),
+    masked(
+        "a wrong pair",
+        "segment_ids",
+        (np.ones((2, 6), int), np.ones((2, 7), int)),
+        ValueError,
+        "(B, T) = (2, 6) and (B, S) = (2, 6)",
+        "(2, 7)",
+    ),
+    masked(
+        "two dtypes",
+        "segment_ids",
+        (np.ones((2, 6), np.int32), np.ones((2, 6), np.int8)),
+        TypeError,
+        "one dtype",
+        "int32 and int8",
+    ),
+    Case(
+        "one array for more keys than queries",
+        {"query": array(2, 5, 4), "segment_ids": np.ones((2, 5), int)},
+        ValueError,
+        ("segment_ids", "query (2, 5, 4)", "key (2, 6, 4)", "pass a pair"),
+    ),
+]
+
+POSITIONS = [
+    option("local_window_size", -1, ValueError, "must be >= 0", "got -1"),
+    option("local_window_size", (3, -1), ValueError, "must be >= 0", "got (3, -1)"),
+    option("local_window_size", 2.0, TypeError, "an int or a pair (left, right) of ints", "got 2.0"),
+    option("local_window_size", (1, 2, 3), TypeError, "a pair (left, right)", "got (1, 2, 3)"),
+    option("local_window_size", (1, None), TypeError, "a pair (left, right)", "got (1, None)"),
+    option("local_window_size", True, TypeError, "an int or a pair", "got True"),
+    option("query_offset", 1.5, TypeError, "an int, or an integer array", "got float"),
+    option("query_offset", True, TypeError, "an int, or an integer array", "got bool"),
+    option("query_offset", 2**40, ValueError, "between -2**29 and 2**29", f"got {2**40}"),
+    Case("offset float", {"query_offset": np.ones(2)}, TypeError, ("query_offset", "integers", "float64")),
+    Case("offset shape", {"query_offset": np.ones(3, int)}, ValueError, ("query_offset", "(B,) = (2,)", "(3,)")),
+    Case("offset too far", {"query_offset": np.array([1, 2**40])}, ValueError, ("query_offset", "2**29", "got 1 to")),
+]
+
+CASES = [*SHAPES, *DTYPES, *TYPES, *RIDGES, *OPTIONS, *MASKS, *SEGMENTS, *POSITIONS]
 
 
 @pytest.fixture(autouse=True)
@@ -265,8 +314,7 @@ def _no_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> None:
         pytest.fail("an implementation was called before the arguments were checked")
 
-    monkeypatch.setattr(attention_module.blockwise, "attention", refuse)
-    monkeypatch.setattr(attention_module.reference, "attention", refuse)
+    monkeypatch.setattr(attention_module, "_run", refuse)
 
 
 def check(case: Case, call: Callable[[], Any]) -> None:
@@ -335,11 +383,11 @@ class TestPrecision:
     def given(self, monkeypatch: pytest.MonkeyPatch) -> list[jax.lax.Precision]:
         precisions: list[jax.lax.Precision] = []
 
-        def record(query: Any, key: Any, value: Any, ridge_lambda: Any, options: Any, mask: Any) -> tuple[Any, Any]:
-            precisions.append(options.precision)
+        def record(static: Any, hiding: Any, query: Any, key: Any, value: Any, ridge_lambda: Any) -> tuple[Any, Any]:
+            precisions.append(static.options.precision)
             return value, ridge_lambda
 
-        monkeypatch.setattr(attention_module.blockwise, "attention", record)
+        monkeypatch.setattr(attention_module, "_run", record)
         return precisions
 
     @pytest.mark.parametrize("precision", [None, "default", "high", "highest", *jax.lax.Precision], ids=str)

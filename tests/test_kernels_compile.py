@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from flashlla_jax.interface import Options
-from flashlla_jax.kernels import attention, launch
+from flashlla_jax.interface import Options, SolverOptions
+from flashlla_jax.kernels import launch, passes, plan
+from flashlla_jax.visibility import Hiding, visibility
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -31,6 +32,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 KERNELS = ("forward", "query", "key")
+LENGTH = 1024
 
 
 class Entry(NamedTuple):
@@ -41,9 +43,10 @@ class Entry(NamedTuple):
     dtype: str
     dim: int
     precision: str = "default"
+    hidden: str = "causal"
 
     def __str__(self) -> str:
-        return f"sm_{self.capability}-{self.kernel}-{self.dtype}-D{self.dim}-{self.precision}"
+        return f"sm_{self.capability}-{self.kernel}-{self.dtype}-D{self.dim}-{self.precision}-{self.hidden}"
 
 
 class Report(NamedTuple):
@@ -66,12 +69,13 @@ class Report(NamedTuple):
 ENTRIES = [
     *(
         Entry(capability, kernel, {2: "bfloat16", 4: "float32"}[operand_bytes], dim)
-        for capability, rows in launch._TABLE.items()
+        for capability, rows in plan.TABLE.items()
         for (kernel, operand_bytes), entries in rows.items()
         for dim in entries
     ),
     *(Entry(100, kernel, "bfloat16", 64) for kernel in KERNELS),
     *(Entry(90, kernel, "bfloat16", dim, "high") for kernel in ("forward", "query") for dim in (64, 128)),
+    *(Entry(90, kernel, "bfloat16", 64, hidden=how) for kernel in KERNELS for how in ("window", "segments", "mask")),
 ]
 
 
@@ -103,26 +107,35 @@ SPILLS = {
 
 
 @cache
-def launches(capability: int, dtype: str, dim: int, precision: str) -> dict[str, tuple[Any, ...]]:
-    """The arguments of each ``launch.call`` of a causal forward and backward pass, by kernel."""
+def launches(capability: int, dtype: str, dim: int, precision: str, hidden: str) -> dict[str, tuple[Any, ...]]:
+    """The arguments of each ``launch.call`` of a forward and backward pass, by kernel."""
     calls = {}
 
     def call(kernel: Any, grid: int, arrays: Any, lengths: Any, out_shapes: Any, shape: Any, constants: Any) -> Any:
         calls[kernel.__name__.removesuffix("_kernel")] = (kernel, arrays, out_shapes, shape, constants)
         return tuple(jnp.zeros(out.shape, out.dtype) for out in out_shapes)
 
-    def gradients(*args: jax.Array) -> Any:
-        options = Options(True, dim**-0.5, 1e-12, None, None, 2 * dim, False, lax.Precision(precision))
-        o, vjp, _ = jax.vjp(lambda *x: attention.attention(*x, options), *args, has_aux=True)
-        return vjp(o)
+    def gradients(q: jax.Array, k: jax.Array, v: jax.Array, lam: jax.Array, ids: jax.Array, mask: jax.Array) -> Any:
+        hiding = Hiding(True, None, 0, None, None, None, True, None)
+        if hidden == "segments":
+            hiding = hiding._replace(segment_ids=(ids, ids))
+        elif hidden == "window":
+            hiding = hiding._replace(window=(127, 0))
+        elif hidden == "mask":
+            hiding = hiding._replace(mask=mask)
+        seen = visibility(hiding, LENGTH, LENGTH)
+        options = Options(dim**-0.5, 1e-12, SolverOptions(None, None, 2 * dim, False), lax.Precision(precision))
+        chosen = plan.plan_for(q, v, options.precision, capability)
+        o, saved, _ = passes.forward(q, k, v, lam, seen, options, chosen)
+        return passes.backward(q, k, v, lam, seen, saved, o, options, chosen)
 
-    q, k = (jax.ShapeDtypeStruct((1, 1024, heads, dim), dtype) for heads in (2, 1))
-    # what was traced for another GPU must not serve this one
-    attention.forget_traces()
+    q, k = (jax.ShapeDtypeStruct((1, LENGTH, heads, dim), dtype) for heads in (2, 1))
+    lam = jax.ShapeDtypeStruct((1, LENGTH, 2), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, 1, LENGTH, LENGTH), jnp.bool_)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "call", call)
-        patch.setattr(launch, "capability", lambda: capability)
-        jax.eval_shape(gradients, q, k, k, jax.ShapeDtypeStruct((1, 1024, 2), jnp.float32))
+        jax.eval_shape(gradients, q, k, k, lam, ids, mask)
     return calls
 
 
@@ -142,18 +155,16 @@ def compile_entry(entry: Entry) -> Report:
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
-    calls = launches(entry.capability, entry.dtype, entry.dim, entry.precision)
+    calls = launches(entry.capability, entry.dtype, entry.dim, entry.precision, entry.hidden)
     kernel, arrays, out_shapes, shape, constants = calls[entry.kernel]
-    constants = {**constants, "BM": shape.BM, "BN": shape.BN}
-    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
+    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "int8": "i8"}
     types = [f"*{short[jnp.dtype(x.dtype).name]}" for x in (*arrays, *out_shapes)]
     types[len(arrays) : len(arrays)] = ["i32", "i32"]  # the lengths
     names = kernel.arg_names
-    signature = dict(zip((name for name in names if name not in constants), types, strict=True))
-    signature = {name: signature.get(name, "constexpr") for name in names}
+    signature = {**dict(zip(names[:-1], types, strict=True)), "c": "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     compiled = compile(
-        ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned),
+        ASTSource(kernel, signature, {(len(names) - 1,): launch.as_constexpr(constants)}, aligned),
         target=GPUTarget("cuda", entry.capability, 32),
         options={"num_warps": shape.num_warps, "num_stages": shape.num_stages},
     )
@@ -206,7 +217,7 @@ def test_spills_no_more_than_known(entry: Entry, report: Callable[[Entry], Repor
 def test_the_kernels_tiles_fit_each_other(capability: int, operand_bytes: int, dim: int) -> None:
     """What one kernel writes for the tiles that another reads: see the comment on the table."""
     query, key, forward = (
-        launch.launch(name, operand_bytes, dim, capability).BM for name in ("query", "key", "forward")
+        plan.entries(name, operand_bytes, capability)[dim].BM for name in ("query", "key", "forward")
     )
     assert query % key == 0
     assert operand_bytes == 2 or max(query, key, forward) <= 32

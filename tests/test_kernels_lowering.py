@@ -10,16 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import flashlla_jax.attention
-from flashlla_jax import blockwise, dispatch, lla_attention
-from flashlla_jax.attention import Implementation
-from flashlla_jax.interface import Options
-from flashlla_jax.kernels import attention
-from tests.cases import Shape, draw
+from flashlla_jax.kernels import plan as planning
+from tests.cases import HIDDEN, Shape, draw, operate
 
 _WITHOUT_PLUGIN = "jax-triton lowers with JAX's plugin only: pip install --no-deps jax-cuda13-plugin, JAX's version"
 try:
@@ -44,9 +39,15 @@ def arguments(shape: Shape, dtype: str) -> tuple[jax.ShapeDtypeStruct, ...]:
     return (*(jax.ShapeDtypeStruct((shape.batch, *x), dtype) for x in lengths), ridge)
 
 
+def attend(*args: jax.Array, only: Any = "triton", **hidden: Any) -> jax.Array:
+    """On a Hopper GPU; by the kernels on any platform, or with ``only`` None by what fits the platform."""
+    q, k, v, lam = args
+    plan = planning.plan_for(q, v, jax.lax.Precision.DEFAULT, capability=90)
+    return operate(q, k, v, ridge_lambda=lam, only=only, plan=plan, **hidden)
+
+
 def forward(shape: Shape) -> Callable[..., Any]:
-    options = Options(shape.is_causal, shape.dim**-0.5, 1e-12, None, None, 2 * shape.dim, False, lax.Precision.DEFAULT)
-    return lambda *args: attention.attention(*args, options)[0]
+    return partial(attend, is_causal=shape.is_causal)
 
 
 def with_gradients(f: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -97,11 +98,22 @@ def test_checkpoint_repeats_the_forward_pass() -> None:
     assert kernels(jax.grad(loss, argnums=(0, 1, 2, 3)), *arguments(SMALL, "float32")) in (3, 4)
 
 
-def choice(*args: jax.Array) -> Any:
-    """Outputs and gradients of the implementation that is chosen when the program is lowered."""
-    options = Options(True, SMALL.dim**-0.5, 1e-12, None, None, 2 * SMALL.dim, False, lax.Precision.DEFAULT)
-    o, vjp, residuals = jax.vjp(lambda *x: dispatch.attention(*x, options), *args, has_aux=True)
-    return o, residuals, vjp(o)
+# Outputs and gradients of the implementation that is chosen when the program is lowered.
+choice = with_gradients(partial(attend, only=None))
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_every_way_of_hiding_keys_launches_the_kernels(name: str) -> None:
+    case = HIDDEN[name]
+    hidden = case.given()
+    types = (jax.typeof(jnp.asarray(x)) for x in jax.tree.leaves(hidden))
+    types = jax.tree.unflatten(jax.tree.structure(hidden), (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in types))
+
+    def run(hidden: Any, *args: jax.Array) -> Any:
+        attend_hidden = partial(attend, only=None, is_causal=case.shape.is_causal, **dict(case.static), **hidden)
+        return with_gradients(attend_hidden)(*args)
+
+    assert kernels(run, types, *arguments(case.shape, "bfloat16")) == 3
 
 
 def test_one_program_lowers_to_the_kernels_on_cuda_and_to_none_elsewhere() -> None:
@@ -119,10 +131,6 @@ def test_the_choice_can_be_mapped() -> None:
     assert kernels(jax.vmap(choice), *args) == 3
 
 
-def public(implementation: Implementation | None) -> Callable[..., jax.Array]:
-    return lambda *args: lla_attention(*args[:3], ridge_lambda=args[3], implementation=implementation)
-
-
 def two_devices(kind: AxisType) -> Mesh:
     return jax.make_mesh((2,), ("x",), axis_types=(kind,), devices=jax.devices("cpu")[:2])
 
@@ -134,13 +142,10 @@ def batch_of_two(sharding: NamedSharding | None) -> list[jax.ShapeDtypeStruct]:
 
 @pytest.mark.parametrize("implementation", ["triton", None])
 @pytest.mark.parametrize("explicit", [True, False], ids=["explicit mesh", "shard_map"])
-def test_every_device_launches_its_own(
-    implementation: Implementation | None, explicit: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(flashlla_jax.attention, "_no_triton", lambda: None)
+def test_every_device_launches_its_own(implementation: Any, explicit: bool) -> None:
     mesh = two_devices(AxisType.Explicit if explicit else AxisType.Auto)
-    attend = public(implementation)
-    f = attend if explicit else jax.shard_map(attend, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+    run = partial(attend, only=implementation)
+    f = run if explicit else jax.shard_map(run, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
     args = batch_of_two(NamedSharding(mesh, P("x")) if explicit else None)
     text = jax.jit(with_gradients(f)).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@triton_kernel_call") == 3
@@ -148,11 +153,10 @@ def test_every_device_launches_its_own(
 
 
 @pytest.mark.parametrize("implementation", ["triton", None])
-def test_xla_is_told_how_to_divide_them(implementation: Implementation | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xla_is_told_how_to_divide_them(implementation: Any) -> None:
     """On a mesh with automatic axes; the launches appear when XLA has divided the program, which takes GPUs."""
-    monkeypatch.setattr(flashlla_jax.attention, "_no_triton", lambda: None)
     args = batch_of_two(NamedSharding(two_devices(AxisType.Auto), P("x")))
-    traced = jax.jit(with_gradients(public(implementation))).trace(*args)
+    traced = jax.jit(with_gradients(partial(attend, only=implementation))).trace(*args)
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@CustomSPMDPartitioning") == 2
     if implementation is None:
         assert "CustomSPMDPartitioning" not in traced.lower(lowering_platforms=("cpu",)).as_text()
@@ -160,10 +164,10 @@ def test_xla_is_told_how_to_divide_them(implementation: Implementation | None, m
 
 def test_second_derivatives_are_refused() -> None:
     def gradient(*args: jax.Array) -> Any:
-        return choice(*args)[-1]
+        return choice(*args)[1]
 
     args = arguments(SMALL, "bfloat16")
-    with pytest.raises(NotImplementedError, match=r"implementation='xla'"):
+    with pytest.raises(NotImplementedError, match=r"implementation='reference'"):
         jax.jit(lambda *x: jax.jvp(gradient, x, x)).trace(*args)
 
 
@@ -175,14 +179,9 @@ def test_an_empty_axis_can_be_mapped() -> None:
 def test_where_there_is_no_gpu_the_choice_is_the_xla_path() -> None:
     inputs = draw(SMALL, "float32")
     args = (*inputs[:3], jnp.full(SMALL.ridge, 0.5, jnp.float32))
-    options = Options(True, SMALL.dim**-0.5, 1e-12, None, None, 2 * SMALL.dim, False, lax.Precision.DEFAULT)
-    o, residuals, gradients = jax.jit(choice)(*args)
-
-    def xla(*args: jax.Array) -> Any:
-        o, vjp, residuals = jax.vjp(lambda *x: blockwise.attention(*x, options), *args, has_aux=True)
-        return o, residuals, vjp(o)
-
     for got, expected in zip(
-        jax.tree.leaves((o, residuals, gradients)), jax.tree.leaves(jax.jit(xla)(*args)), strict=True
+        jax.tree.leaves(jax.jit(choice)(*args)),
+        jax.tree.leaves(jax.jit(with_gradients(partial(attend, only="xla")))(*args)),
+        strict=True,
     ):
         np.testing.assert_allclose(np.asarray(got), np.asarray(expected), rtol=1e-5, atol=1e-6)

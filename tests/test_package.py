@@ -72,13 +72,30 @@ print(xla_bridge.backends_are_initialized())
 def test_public_names_are_all() -> None:
     """``__all__`` is what ``__init__`` imports, sorted, and nothing else is public but the submodules."""
     tree = ast.parse((ROOT / "flashlla_jax" / "__init__.py").read_text())
+    statements = [*tree.body, *(x for node in tree.body if isinstance(node, ast.If) for x in node.body)]
     imported = {
-        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+        alias.asname or alias.name
+        for node in statements
+        if isinstance(node, ast.ImportFrom) and node.module != "typing"
+        for alias in node.names
     }
     assert set(flashlla_jax.__all__) == imported
     assert len(flashlla_jax.__all__) == len(imported)
-    public = {name for name, x in vars(flashlla_jax).items() if not name.startswith("_") and not inspect.ismodule(x)}
+    names = (name for name in dir(flashlla_jax) if not name.startswith("_") and name not in ("Any", "TYPE_CHECKING"))
+    public = {name for name in names if not inspect.ismodule(getattr(flashlla_jax, name))}
     assert public == imported
+
+
+def test_flax_is_loaded_when_it_is_used() -> None:
+    code = """
+import sys
+import flashlla_jax
+print("flax" in sys.modules)
+print(flashlla_jax.LLAttention.__name__, "flax" in sys.modules)
+from flashlla_jax import LLAttention
+print(hasattr(flashlla_jax, "LLAtention"))
+"""
+    assert run(code).splitlines() == ["False", "LLAttention True", "False"]
 
 
 def test_version() -> None:

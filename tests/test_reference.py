@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from flashlla_jax import lla_attention, reference
-from flashlla_jax.interface import Options
+from flashlla_jax.interface import Options, SolverOptions
+from flashlla_jax.visibility import Hiding, Visibility, visibility
 from tests.cases import GRADIENTS, KINDS, RIDGES, Inputs, Shape, draw, relative_error
 
 # Two query heads a key head, more keys than queries, a value dimension of its own; and full attention, more queries.
@@ -39,16 +40,17 @@ def gradient_bound(kind: str) -> float:
 
 def options(shape: Shape, **kwargs: Any) -> Options:
     defaults = {
-        "is_causal": shape.is_causal,
         "qk_scale": shape.dim**-0.5,
         "delta_eps": 0.0,
-        "cg_atol": None,
-        "cg_rtol": None,
-        "cg_max_iters": 32,
-        "cg_use_preconditioner": False,
+        "solver": SolverOptions(None, None, 32, False),
         "precision": jax.lax.Precision.DEFAULT,
     }
     return Options(**(defaults | kwargs))
+
+
+def seen(shape: Shape) -> Visibility:
+    hiding = Hiding(shape.is_causal, None, shape.keys - shape.queries, None, None, None, False, None)
+    return visibility(hiding, shape.queries, shape.keys)
 
 
 def literal(inputs: Inputs, ridge: np.ndarray, shape: Shape, qk_scale: float, delta_eps: float) -> np.ndarray:
@@ -79,9 +81,9 @@ def literal(inputs: Inputs, ridge: np.ndarray, shape: Shape, qk_scale: float, de
     return out
 
 
-@partial(jax.jit, static_argnums=0)
-def forward(opts: Options, inputs: Inputs, ridge: jax.Array) -> jax.Array:
-    return reference.attention(*inputs[:3], ridge, opts)[0]
+@partial(jax.jit, static_argnums=(0, 1))
+def forward(shape: Shape, opts: Options, inputs: Inputs, ridge: jax.Array) -> jax.Array:
+    return reference.attention(*inputs[:3], ridge, seen(shape), opts)[0]
 
 
 @pytest.mark.parametrize("delta_eps", [0.0, 0.3])
@@ -91,7 +93,7 @@ def test_forward_is_the_papers_formula(shape: Shape, kind: str, delta_eps: float
     """A literal loop agrees, with an own ridge for every query, an explicit scale and the denominator's offset."""
     inputs = draw(shape, kind=kind, seed=1)
     ridge = np.random.default_rng(2).uniform(0.05, 2.0, shape.ridge)
-    o = forward(options(shape, qk_scale=0.6, delta_eps=delta_eps), inputs, jnp.asarray(ridge))
+    o = forward(shape, options(shape, qk_scale=0.6, delta_eps=delta_eps), inputs, jnp.asarray(ridge))
     expected = literal(inputs, ridge, shape, 0.6, delta_eps)
     assert relative_error(o, jnp.asarray(expected)) <= forward_bound(kind)
 
@@ -101,11 +103,11 @@ def _both_gradients(shape: Shape, opts: Options) -> tuple[Callable[..., Any], Ca
 
     @jax.jit
     def explicit(inputs: Inputs, ridge: jax.Array) -> tuple[jax.Array, ...]:
-        return reference.attention_backward(*inputs[:3], ridge, inputs.g, opts)
+        return reference.attention_backward(*inputs[:3], ridge, seen(shape), inputs.g, opts)
 
     @jax.jit
     def automatic(inputs: Inputs, ridge: jax.Array) -> tuple[jax.Array, ...]:
-        _, vjp = jax.vjp(lambda q, k, v, ridge: reference.attention(q, k, v, ridge, opts)[0], *inputs[:3], ridge)
+        _, vjp = jax.vjp(lambda *args: reference.attention(*args, seen(shape), opts)[0], *inputs[:3], ridge)
         return vjp(inputs.g)
 
     return explicit, automatic

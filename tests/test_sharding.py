@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,23 +14,27 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import flashlla_jax.attention
 from flashlla_jax import blockwise, lla_attention
-from flashlla_jax.attention import Implementation
+from flashlla_jax.arguments import Implementation
 from flashlla_jax.interface import Options
-from flashlla_jax.kernels import attention as kernels
-from tests.cases import Shape, draw
+from flashlla_jax.kernels import passes
+from tests.cases import Shape, draw, operate
 
 SHAPE = Shape(batch=2, queries=12, keys=20, heads=4, kv_heads=2, dim=8, value_dim=12)
 BATCH, HEADS = P("x"), P(None, None, "x")
 LENGTHS = jnp.array([20, 13])
 PADDED = jnp.arange(20)[None, None, None] < LENGTHS[:, None, None, None]
+SEGMENTS = jnp.sort(jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 20))), axis=1)
+PER_HEAD = jnp.asarray(np.random.default_rng(1).random((2, 4, 1, 20)) < 0.7)
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "full": {"is_causal": False, "ridge_lambda": jnp.array([0.5, 1.0, 2.0, 4.0])},
     "jacobi": {"cg_use_preconditioner": True},
+    "window": {"local_window_size": 3, "is_causal": False},
     "mask": {"mask": PADDED},
     "lengths": {"key_value_seq_lengths": LENGTHS},
+    "packed": {"segment_ids": (SEGMENTS[:, :12], SEGMENTS), "local_window_size": 15},
+    "offsets": {"query_offset": jnp.array([3, 8]), "mask": PER_HEAD},
 }
 
 
@@ -84,7 +87,7 @@ def test_explicit_mesh(case: str, spec: P, implementation: Implementation, jit: 
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("spec", [BATCH, HEADS], ids=["batch", "heads"])
-@pytest.mark.parametrize("case", ["plain", "jacobi"])
+@pytest.mark.parametrize("case", ["plain", "jacobi", "window"])
 def test_shard_map(case: str, spec: P, check_vma: bool) -> None:
     def attend(*qkv: jax.Array) -> jax.Array:
         return lla_attention(*qkv, implementation="xla", **CASES[case])
@@ -120,33 +123,28 @@ def test_automatic_mesh(spec: P) -> None:
     assert_alike(run(*placed), value_and_gradients(attend, q, k, v))
 
 
-Shapes = list[tuple[tuple[int, ...], tuple[int, ...]]]
+Shapes = list[tuple[tuple[int, ...], ...]]
 
 
 @pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shapes]:
-    """The XLA path in place of the kernels, its arrays laid out as theirs. Yields the shapes it is given."""
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Shapes:
+    """The XLA path in place of the kernels. Yields the shapes that it is given."""
     given: Shapes = []
 
-    def forward(q: Any, k: Any, v: Any, lam: Any, options: Options) -> Any:
-        given.append((q.shape, k.shape))
-        (o, residuals), _ = blockwise.forward(q, k, v, lam, options)
-        none = jnp.zeros((q.shape[0], 1, 1), jnp.float32)
-        return o, kernels._Saved(q, none[..., None], lam, none, lam), residuals
+    def forward(q: Any, k: Any, v: Any, lam: Any, seen: Any, options: Options, plan: Any) -> Any:
+        given.append((q.shape, k.shape, seen.start.shape))
+        return blockwise.forward(q, k, v, lam, seen, options)
 
-    def backward(q: Any, k: Any, v: Any, lam: Any, saved: Any, g: Any, options: Options) -> Any:
-        given.append((q.shape, k.shape))
-        _, saved = blockwise.forward(q, k, v, lam, options)
-        return blockwise.backward(q, k, v, lam, saved, g, options)
+    def backward(q: Any, k: Any, v: Any, lam: Any, seen: Any, saved: Any, g: Any, options: Options, plan: Any) -> Any:
+        given.append((q.shape, k.shape, seen.start.shape))
+        return blockwise.backward(q, k, v, lam, seen, saved, g, options)
 
-    monkeypatch.setattr(kernels, "_forward", forward)
-    monkeypatch.setattr(kernels, "_backward", backward)
-    monkeypatch.setattr(flashlla_jax.attention, "_no_triton", lambda: None)
-    kernels.forget_traces()
-    yield given
-    kernels.forget_traces()
+    monkeypatch.setattr(passes, "forward", forward)
+    monkeypatch.setattr(passes, "backward", backward)
+    return given
 
 
+@pytest.mark.parametrize("case", ["plain", "mask", "lengths"])
 @pytest.mark.parametrize(
     ("spec", "kv_heads", "local"),
     [
@@ -158,11 +156,13 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shapes]:
     ],
     ids=str,
 )
-def test_kernels_on_an_automatic_mesh(spec: P, kv_heads: int, local: Any, stand_ins: Shapes) -> None:
+def test_kernels_on_an_automatic_mesh(case: str, spec: P, kv_heads: int, local: Any, stand_ins: Shapes) -> None:
     """XLA cannot see into the kernels: it is told that batch and heads may be divided, and does so."""
+    plan = object()  # a plan of this test's own: what was traced with another one is not looked at
+    hidden = CASES[case]
 
     def attend(*qkv: jax.Array) -> jax.Array:
-        return lla_attention(*qkv, implementation="triton")
+        return operate(*qkv, only="triton", plan=plan, **hidden)
 
     inputs = draw(dataclasses.replace(SHAPE, kv_heads=kv_heads), "float32")[:3]
     on = mesh(AxisType.Auto)
@@ -171,13 +171,14 @@ def test_kernels_on_an_automatic_mesh(spec: P, kv_heads: int, local: Any, stand_
     lowered = jax.jit(lambda *qkv: value_and_gradients(attend, *qkv)).lower(*placed)
     stand_ins.clear()
     run = lowered.compile()
-    assert set(stand_ins) == {local}
+    intervals = 1 if case == "plain" else local[0][0]  # as the batch is divided, so are its intervals
+    assert set(stand_ins) == {(*local, (intervals, 12))}
     divided = local != ((2, 12, 4, 8), (2, 20, kv_heads, 8))
     assert ("all-gather" in run.as_text()) != divided
     got = run(*placed)
     if divided:
         assert all(x.sharding == y.sharding for x, y in zip((got[0], *got[1]), (placed[0], *placed), strict=True))
-    xla = partial(lla_attention, implementation="xla")
+    xla = partial(lla_attention, implementation="xla", **hidden)
     assert_alike(got, value_and_gradients(xla, *inputs))
 
 

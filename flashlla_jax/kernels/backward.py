@@ -43,7 +43,6 @@ from flashlla_jax.kernels.tiles import (
     weights,
 )
 
-
 FLAGS: tl.constexpr = tl.constexpr(1024)  # rows whose flags the key kernel reads at once
 
 
@@ -119,7 +118,8 @@ def right_hand_side(rows, G, g0, keys, refine, parts, SPLIT: tl.constexpr, c: tl
         acc_y *= gathered
         sums_y *= gathered
         for edge in tl.static_range(2):
-            for i in tl.range(0, keys.tiles.edges if edge else keys.tiles.wholes, num_stages=c.EDGE_STAGES if edge else c.STAGES):
+            count = keys.tiles.edges if edge else keys.tiles.wholes
+            for i in tl.range(0, count, num_stages=c.EDGE_STAGES if edge else c.STAGES):
                 n0 = key_tile(keys, i, edge == 1, c)
                 K = load_keys(keys, n0, edge == 1, c)
                 V = load_values(keys, n0, edge == 1, c)
@@ -148,7 +148,8 @@ def query_gradient(rows, G, keys, solutions, LOW: tl.constexpr, c: tl.constexpr)
     acc = tl.zeros((c.BM, c.DP), tl.float32)
     sums = tl.zeros((c.BM, 16), tl.float32)
     for edge in tl.static_range(2):
-        for i in tl.range(0, keys.tiles.edges if edge else keys.tiles.wholes, num_stages=c.EDGE_STAGES if edge else c.STAGES):
+        count = keys.tiles.edges if edge else keys.tiles.wholes
+        for i in tl.range(0, count, num_stages=c.EDGE_STAGES if edge else c.STAGES):
             n0 = key_tile(keys, i, edge == 1, c)
             K = load_keys(keys, n0, edge == 1, c)
             V = load_values(keys, n0, edge == 1, c)
@@ -288,7 +289,8 @@ def key_gradients(dk, dk_u, dv, at, queries, LOW: tl.constexpr, c: tl.constexpr)
     """
     T = queries.visible.T
     for whole in tl.static_range(2):
-        for i in tl.range(0, queries.tiles.wholes if whole else queries.tiles.edges, num_stages=c.STAGES if whole else c.EDGE_STAGES):
+        count = queries.tiles.wholes if whole else queries.tiles.edges
+        for i in tl.range(0, count, num_stages=c.STAGES if whole else c.EDGE_STAGES):
             m0 = visited(queries.tiles, queries.visible.order, i, whole == 0, not c.MASK, c) * c.BM
             Q = load_queries(queries.q, m0, T, whole == 0, c)
             X = load_queries(queries.x_hi, m0, T, whole == 0, c)
@@ -361,8 +363,10 @@ def key_kernel(
     batch = tl.program_id(0) // tiles // c.KV_HEADS
     n0 = tile * c.BN
     rows_of_pairs = tl.cdiv(T, c.QUERY_BM) * c.QUERY_BM
-    K = load_tile(head_base(k, batch, S, kv_head, c.KV_HEADS, c.D), n0, S, c.KV_HEADS * c.D, c.D, c.BN, c.DP, True, c.UPCAST)
-    V = load_tile(head_base(v, batch, S, kv_head, c.KV_HEADS, c.DV), n0, S, c.KV_HEADS * c.DV, c.DV, c.BN, c.DVP, True, c.UPCAST)
+    k_base = head_base(k, batch, S, kv_head, c.KV_HEADS, c.D)
+    v_base = head_base(v, batch, S, kv_head, c.KV_HEADS, c.DV)
+    K = load_tile(k_base, n0, S, c.KV_HEADS * c.D, c.D, c.BN, c.DP, True, c.UPCAST)
+    V = load_tile(v_base, n0, S, c.KV_HEADS * c.DV, c.DV, c.BN, c.DVP, True, c.UPCAST)
     at = KeyTile(K, V, n0)
     dk = tl.zeros((c.BN, c.DP), tl.float32)
     dk_u = tl.zeros((c.BN, c.DP), tl.float32)
@@ -400,5 +404,7 @@ def key_kernel(
             dk, dk_u, dv = key_gradients(dk, dk_u, dv, at, queries, c.HALVES, c)
         else:
             dk, dk_u, dv = key_gradients(dk, dk_u, dv, at, queries, False, c)
-    store_tile(head_base(dk_ptr, batch, S, kv_head, c.KV_HEADS, c.D), dk + dk_u, n0, S, c.KV_HEADS * c.D, c.D, c.BN, c.DP)
+    store_tile(
+        head_base(dk_ptr, batch, S, kv_head, c.KV_HEADS, c.D), dk + dk_u, n0, S, c.KV_HEADS * c.D, c.D, c.BN, c.DP
+    )
     store_tile(head_base(dv_ptr, batch, S, kv_head, c.KV_HEADS, c.DV), dv, n0, S, c.KV_HEADS * c.DV, c.DV, c.BN, c.DVP)

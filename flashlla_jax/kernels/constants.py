@@ -14,8 +14,8 @@ class Constants:
         D, DV: head dimensions of keys and of values.
         DP, DVP: the same padded to powers of two, 16 at least.
         BM, BN: queries and keys of a tile.
-        STAGES, EDGE_STAGES: depth of the software pipeline over whole tiles, and over those that are compared. These are
-            few but with a mask; a pipeline of their own costs more registers than it hides time.
+        STAGES, EDGE_STAGES: depth of the software pipeline over whole tiles, and over those that are compared. These
+            are few but with a mask: a pipeline of their own costs more registers than it hides time.
         SCALE, QK_SCALE: factor of the logits, in units of log 2 and as it is.
         PRECISION: of a float32 product.
         UPCAST: tiles are widened to float32 after loading, and keys taken relative to an origin.

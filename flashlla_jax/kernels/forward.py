@@ -62,7 +62,8 @@ def statistics(rows, keys, SPLIT: tl.constexpr, c: tl.constexpr):
     sums = tl.zeros((c.BM, 16), tl.float32)
     acc = tl.zeros((c.BM, c.DP), tl.float32)
     for edge in tl.static_range(2):
-        for i in tl.range(0, keys.tiles.edges if edge else keys.tiles.wholes, num_stages=c.EDGE_STAGES if edge else c.STAGES):
+        count = keys.tiles.edges if edge else keys.tiles.wholes
+        for i in tl.range(0, count, num_stages=c.EDGE_STAGES if edge else c.STAGES):
             n0 = key_tile(keys, i, edge == 1, c)
             K = load_keys(keys, n0, edge == 1, c)
             s = logits(rows, K, n0, keys, edge == 1, c)
@@ -96,7 +97,8 @@ def missing_weight(rows, keys, solution, c: tl.constexpr):
     """
     total = tl.zeros((c.BM,), tl.float32)
     for edge in tl.static_range(2):
-        for i in tl.range(0, keys.tiles.edges if edge else keys.tiles.wholes, num_stages=c.EDGE_STAGES if edge else c.STAGES):
+        count = keys.tiles.edges if edge else keys.tiles.wholes
+        for i in tl.range(0, count, num_stages=c.EDGE_STAGES if edge else c.STAGES):
             n0 = key_tile(keys, i, edge == 1, c)
             K = load_keys(keys, n0, edge == 1, c)
             a = x_dot_k(solution, K, True, True, c)
@@ -109,7 +111,8 @@ def output(rows, keys, solution, LOW: tl.constexpr, REST: tl.constexpr, c: tl.co
     """sum_j p_ij a_ij v_j."""
     acc = tl.zeros((c.BM, c.DVP), tl.float32)
     for edge in tl.static_range(2):
-        for i in tl.range(0, keys.tiles.edges if edge else keys.tiles.wholes, num_stages=c.EDGE_STAGES if edge else c.STAGES):
+        count = keys.tiles.edges if edge else keys.tiles.wholes
+        for i in tl.range(0, count, num_stages=c.EDGE_STAGES if edge else c.STAGES):
             n0 = key_tile(keys, i, edge == 1, c)
             K = load_keys(keys, n0, edge == 1, c)
             V = load_values(keys, n0, edge == 1, c)

@@ -99,7 +99,7 @@ class _Problem(NamedTuple):
             BM=shape.BM,
             BN=shape.BN,
             STAGES=shape.num_stages,
-            EDGE_STAGES=1 if mask is None else shape.num_stages,
+            EDGE_STAGES=shape.num_stages if mask is not None or shape == self.plan.key else 1,
             SCALE=options.qk_scale * _LOG2_E,
             QK_SCALE=options.qk_scale,
             PRECISION=arithmetic.precision,

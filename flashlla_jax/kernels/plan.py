@@ -81,7 +81,7 @@ def entries(kernel: str, operand_bytes: int, capability: int) -> dict[int, Launc
 
 
 def plan_for(query: Any, value: Any, precision: lax.Precision, capability: int | None = None) -> Plan:
-    """The plan for arrays of these dtypes and head dimensions; ``capability`` is 90 for 9.0, None the default device's."""
+    """The plan for arrays of these dtypes and dimensions; ``capability`` is 90 for 9.0, None the default device's."""
     arithmetic = _arithmetic(jnp.dtype(query.dtype), precision)
     capability = _capability() if capability is None else capability
     operand_bytes = 4 if arithmetic.upcast else query.dtype.itemsize

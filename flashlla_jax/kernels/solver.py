@@ -19,7 +19,8 @@ def matvec(p, rows, keys, SPLIT: tl.constexpr, c: tl.constexpr):
     acc = tl.zeros((c.BM, c.DP), tl.float32)
     sums = tl.zeros((c.BM, 16), tl.float32)
     for edge in tl.static_range(2):
-        for i in tl.range(0, keys.tiles.edges if edge else keys.tiles.wholes, num_stages=c.EDGE_STAGES if edge else c.STAGES):
+        count = keys.tiles.edges if edge else keys.tiles.wholes
+        for i in tl.range(0, count, num_stages=c.EDGE_STAGES if edge else c.STAGES):
             n0 = key_tile(keys, i, edge == 1, c)
             K = load_keys(keys, n0, edge == 1, c)
             w = weights(rows, K, n0, keys, edge == 1, c)
@@ -34,7 +35,8 @@ def inverse_diagonal(rows, keys, c: tl.constexpr):
     """1 / diag(A), the Jacobi preconditioner."""
     squares = tl.zeros((c.BM, c.DP), tl.float32)
     for edge in tl.static_range(2):
-        for i in tl.range(0, keys.tiles.edges if edge else keys.tiles.wholes, num_stages=c.EDGE_STAGES if edge else c.STAGES):
+        count = keys.tiles.edges if edge else keys.tiles.wholes
+        for i in tl.range(0, count, num_stages=c.EDGE_STAGES if edge else c.STAGES):
             n0 = key_tile(keys, i, edge == 1, c)
             K = load_keys(keys, n0, edge == 1, c)
             w = weights(rows, K, n0, keys, edge == 1, c)

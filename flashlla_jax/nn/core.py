@@ -15,7 +15,8 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from flashlla_jax.attention import Implementation, check_count, check_flag, check_implementation, lla_attention
+from flashlla_jax.arguments import Implementation, check_count, check_flag, check_implementation
+from flashlla_jax.attention import lla_attention
 from flashlla_jax.interface import accumulation_dtype
 from flashlla_jax.nn.decode import decode_step
 from flashlla_jax.nn.rope import rotate

@@ -80,7 +80,7 @@ def call(
     def host(*inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         with _LOCK:
             ins = [_guarded(np.asarray(x))[0] for x in inputs]
-            poison = [np.full(o.shape, np.nan if np.issubdtype(o.dtype, np.floating) else -1, o.dtype) for o in out_shapes]
+            poison = [np.full(o.shape, -1 if o.dtype == np.int32 else np.nan, o.dtype) for o in out_shapes]
             guarded = [_guarded(x) for x in poison]
             kernel[(grid,)](
                 *map(_NpTensor, ins),

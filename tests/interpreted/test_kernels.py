@@ -9,6 +9,7 @@ Started by tests/test_interpreted.py, in a process of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,10 +22,11 @@ import pytest
 from jax import lax
 
 import flashlla_jax.attention
+import flashlla_jax.operator
 from flashlla_jax import lla_attention
-from flashlla_jax.kernels import attention as kernels
 from flashlla_jax.kernels import launch as launching
-from flashlla_jax.kernels.launch import Launch
+from flashlla_jax.kernels import plan as planning
+from flashlla_jax.kernels.plan import Launch
 from tests.cases import GRADIENTS, KINDS, Inputs, Shape, draw, evaluate, outputs_and_gradients, relative_error, truth
 from tests.implementation_tests import ImplementationTests
 from tests.interpreted import harness
@@ -36,8 +38,8 @@ TILES = Launch(32, 32, 4, 1)
 
 
 def narrow(split_below: float, low_above: float, careful_above: float) -> Arithmetic:
-    """``_arithmetic`` with bfloat16's path for float16, which the interpreter can compute."""
-    original = kernels._arithmetic
+    """``planning._arithmetic`` with bfloat16's path for float16, which the interpreter can compute."""
+    original = planning._arithmetic
 
     def arithmetic(dtype: jnp.dtype, precision: lax.Precision) -> Any:
         if dtype != jnp.float16:
@@ -56,9 +58,9 @@ def narrow(split_below: float, low_above: float, careful_above: float) -> Arithm
 
 
 def forget() -> None:
-    """JAX keeps traces by function and options, neither of which knows what is patched."""
+    """JAX keeps traces by plan, which does not know that the call into jax-triton is recorded."""
     outputs_and_gradients.cache_clear()
-    kernels.forget_traces()
+    jax.clear_caches()
 
 
 @contextmanager
@@ -67,16 +69,20 @@ def interpreting(tiles: Launch | None = TILES, arithmetic: Arithmetic | None = N
     launches: list[dict[str, Any]] = []
 
     def call(kernel: Any, grid: int, arrays: Any, lengths: Any, out_shapes: Any, shape: Launch, constants: Any) -> Any:
-        launches.append({"kernel": kernel.__name__, "tiles": shape, **constants})
+        launches.append({"kernel": kernel.__name__, "tiles": shape, **dataclasses.asdict(constants)})
         return harness.call(kernel, grid, arrays, lengths, out_shapes, shape, constants)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launching, "call", call)
         patch.setattr(flashlla_jax.attention, "_no_triton", lambda: None)
-        if tiles is not None:
-            patch.setattr(launching, "launch", lambda *_: tiles)
         if arithmetic is not None:
-            patch.setattr(kernels, "_arithmetic", arithmetic)
+            patch.setattr(planning, "_arithmetic", arithmetic)
+        if tiles is not None:
+            patch.setattr(
+                flashlla_jax.operator,
+                "plan_for",
+                lambda *args: planning.plan_for(*args)._replace(forward=tiles, query=tiles, key=tiles),
+            )
         forget()
         try:
             yield launches
@@ -190,7 +196,7 @@ def test_the_tables_own_tiles(dtype: str) -> None:
     expected = truth(inputs, lam)
     used = {(launch["kernel"], launch["tiles"]) for launch in launches}
     assert used == {
-        (f"{name}_kernel", launching.launch(name, jnp.dtype(dtype).itemsize, 64, launching.capability()))
+        (f"{name}_kernel", planning.entries(name, jnp.dtype(dtype).itemsize, planning._capability())[64])
         for name in ("forward", "query", "key")
     }
     for name in expected:

@@ -1,0 +1,225 @@
+"""The operator: two primitives, the forward and the backward pass, paired by ``jax.custom_vjp``.
+
+A program that is traced once may be lowered for any platform. Each primitive is lowered for CUDA to the Triton kernels
+and for everything else to blockwise XLA, unless a named implementation says otherwise. The kernels' side is traced when
+the primitive is bound, and its jaxpr is a parameter of the primitive: JAX then knows what comes out, and finds in it
+the
+rule by which XLA may divide the call among devices.
+
+Where a call may be lowered for either, what is kept for the backward pass is what the kernels keep. The XLA path, the
+exception in a program that was traced beside a GPU, leaves it empty and runs the forward pass again.
+
+Under ``jax.vmap`` a new axis is folded into the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir, xla
+from jaxtyping import Array
+
+from flashlla_jax import blockwise
+from flashlla_jax.interface import Options, Residuals, usable_ridge
+from flashlla_jax.kernels import passes
+from flashlla_jax.kernels.plan import plan_for
+from flashlla_jax.sharding import divisible, varying_like
+from flashlla_jax.visibility import Visibility, seeing_queries, without_hidden
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The static side of a call.
+
+    Attributes:
+        only: the implementation on every platform, or None for the one that fits the platform.
+        plan: launch shapes and arithmetic of the kernels; None where they are not asked for.
+    """
+
+    options: Options
+    only: Literal["triton", "xla"] | None
+    plan: Any
+
+
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    ridge_lambda: Array,
+    visibility: Visibility,
+    options: Options,
+    *,
+    only: Literal["triton", "xla"] | None = None,
+    plan: Any = None,
+) -> tuple[Array, Residuals]:
+    """Local Linear Attention of the canonical call (interface.py), with its exact gradient, once.
+
+    Args:
+        query: ``(B, T, N, D)``.
+        key: ``(B, S, K, D)``.
+        value: ``(B, S, K, Dv)``.
+        ridge_lambda: ``(B, T, N)``, in the accumulation dtype.
+        visibility: which keys each query sees.
+        options: the static options.
+        only: an implementation for every platform; None for Triton on CUDA and XLA elsewhere.
+        plan: what the kernels are launched with, from ``kernels.plan.plan_for``; None for what fits this machine.
+    """
+    if only == "xla":
+        plan = None
+    elif plan is None:
+        plan = plan_for(query, value, options.precision)
+    given = (query, key, value, ridge_lambda, visibility)
+    return _attend(*varying_like(given, given), _Call(options, only, plan))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(query: Array, key: Array, value: Array, lam: Array, seen: Visibility, call: _Call) -> Any:
+    return _attend_fwd(query, key, value, lam, seen, call)[0]
+
+
+def _attend_fwd(query: Array, key: Array, value: Array, lam: Array, seen: Visibility, call: _Call) -> tuple[Any, Any]:
+    lam = usable_ridge(lam)
+    if not seen.complete:
+        query, key, value = without_hidden(query, key, value, seen)
+        lam = jnp.where(seeing_queries(seen, key.shape[1]), lam, 1)
+    o, saved, residuals = _bind(_forward_p, call, (query, key, value, lam, seen))
+    return (o, residuals), (query, key, value, lam, seen, saved)
+
+
+def _attend_bwd(call: _Call, kept: Any, cotangents: Any) -> tuple[Any, ...]:
+    query, key, value, lam, seen, saved = kept
+    g, _ = cotangents
+    if not seen.complete:
+        g = jnp.where(seeing_queries(seen, key.shape[1])[..., None], g, 0)
+    return *_bind(_backward_p, call, (query, key, value, lam, seen, saved, g)), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+# What a primitive stands for, as a function of its arrays. One function for each static call, so that JAX traces it
+# once for each shape.
+
+
+@cache
+def _kernels(primitive: Primitive, call: _Call) -> Any:
+    """The Triton side."""
+    run = partial(_run_kernels, backward=primitive is _backward_p, call=call)
+
+    def divided(*given: Any) -> Any:
+        return varying_like(divisible(run)(*given), given)
+
+    return jax.jit(divided)
+
+
+def _run_kernels(*given: Any, backward: bool, call: _Call) -> Any:
+    return (passes.backward if backward else passes.forward)(*given, call.options, call.plan)
+
+
+@cache
+def _blockwise(primitive: Primitive, call: _Call) -> Any:
+    """The XLA side."""
+    return jax.jit(partial(_blockwise_backward if primitive is _backward_p else _blockwise_forward, call=call))
+
+
+def _blockwise_forward(*given: Any, call: _Call) -> Any:
+    o, saved, residuals = blockwise.forward(*given, call.options)
+    if call.only is None:
+        _, types, _ = jax.eval_shape(partial(_run_kernels, backward=False, call=call), *given)
+        saved = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
+    return varying_like((o, saved, residuals), given)
+
+
+def _blockwise_backward(*given: Any, call: _Call) -> Any:
+    *inputs, saved, g = given
+    if call.only is None:
+        _, saved, _ = blockwise.forward(*inputs, call.options)
+    return varying_like(blockwise.backward(*inputs, saved, g, call.options), given)
+
+
+def _bind(primitive: Primitive, call: _Call, given: tuple[Any, ...]) -> Any:
+    flat, tree = jax.tree.flatten(given)
+    traced = (_blockwise if call.only == "xla" else _kernels)(primitive, call).trace(*given)
+    out = primitive.bind(*flat, call=call, tree=tree, jaxpr=traced.jaxpr)
+    return jax.tree.unflatten(jax.tree.structure(traced.out_info), out)
+
+
+# The rules, the same for both primitives. Parameters: the call, the structure of the arguments, and the jaxpr of the
+# named implementation, or else of the kernels.
+
+
+def _on_cuda(*flat: Any, call: _Call, tree: Any, jaxpr: ClosedJaxpr) -> Any:
+    return jaxpr_as_fun(jaxpr)(*flat)
+
+
+def _elsewhere(primitive: Primitive, *flat: Any, call: _Call, tree: Any, jaxpr: ClosedJaxpr) -> Any:
+    if call.only is not None:
+        return jaxpr_as_fun(jaxpr)(*flat)
+    return jax.tree.leaves(_blockwise(primitive, call)(*tree.unflatten(flat)))
+
+
+def _batched(
+    primitive: Primitive, flat: Any, axes: Any, *, call: _Call, tree: Any, jaxpr: ClosedJaxpr
+) -> tuple[Any, Any]:
+    del jaxpr  # of other shapes
+    size = next(x.shape[axis] for x, axis in zip(flat, axes, strict=True) if axis is not None)
+    flat = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(flat, axes, strict=True)]
+    mapped = [axis is not None for axis in axes]
+    batch = flat[0].shape[1 if mapped[0] else 0]
+
+    def fold(x: Array, is_mapped: bool) -> Array:
+        x = x if is_mapped else jnp.broadcast_to(x[None], (size, *x.shape))
+        x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
+        return x.reshape(size * batch, *x.shape[2:])
+
+    def fold_all(arrays: Any, is_mapped: Any) -> Any:
+        """Of a visibility: what one serves the whole batch still does, if nothing beside it has become the batch's."""
+        of_one = all(x.shape[0] == 1 for x in jax.tree.leaves(arrays)) and not any(jax.tree.leaves(is_mapped))
+        return arrays if of_one else jax.tree.map(fold, arrays, is_mapped)
+
+    def fold_argument(x: Any, is_mapped: Any) -> Any:
+        if not isinstance(x, Visibility):
+            return jax.tree.map(fold, x, is_mapped)
+        intervals = fold_all((x.start, x.end, x.query_ids, x.key_ids, x.contiguous), _intervals(is_mapped))
+        return Visibility(*intervals, fold_all(x.mask, is_mapped.mask), x.from_first, x.complete)
+
+    given = [fold_argument(*pair) for pair in zip(tree.unflatten(flat), tree.unflatten(mapped), strict=True)]
+    out = jax.tree.leaves(_bind(primitive, call, tuple(given)))
+    return [x.reshape(size, batch, *x.shape[1:]) for x in out], [0] * len(out)
+
+
+def _intervals(seen: Visibility) -> tuple[Any, ...]:
+    return seen.start, seen.end, seen.query_ids, seen.key_ids, seen.contiguous
+
+
+def _refuse_derivative(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError(
+        "the gradient of lla_attention can be differentiated again by implementation='reference' only, which is dense "
+        "and for small problems"
+    )
+
+
+def _primitive(name: str) -> Primitive:
+    made = Primitive(name)
+    made.multiple_results = True
+    made.def_impl(partial(xla.apply_primitive, made))
+    made.def_abstract_eval(lambda *_, jaxpr, **__: jaxpr.out_avals)
+    mlir.register_lowering(made, _lowering(_on_cuda), platform="cuda")
+    mlir.register_lowering(made, _lowering(partial(_elsewhere, made)))
+    batching.primitive_batchers[made] = partial(_batched, made)
+    ad.primitive_jvps[made] = _refuse_derivative
+    return made
+
+
+def _lowering(run: Callable[..., Any]) -> Any:
+    return mlir.lower_fun(run, multiple_results=True)
+
+
+_forward_p = _primitive("lla_forward")
+_backward_p = _primitive("lla_backward")

@@ -1,0 +1,99 @@
+"""The point that a block of queries takes its keys relative to.
+
+Relative keys change the logits by a constant per query and the regression not at all, and what a large common offset of
+the keys would lose to rounding is kept. Any point near the keys that the block sees will do. It is the mean of a few
+keys that every query of the block sees, so that no query's result depends, in its last bits, on a key that is hidden
+from it. Only where the queries have no such key in common, it is the mean of a few that some query sees.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from flashlla_jax.interface import accumulation_dtype
+from flashlla_jax.visibility import Visibility, dense
+
+# Keys that the mean is taken of: enough to be near the middle, few enough to cost nothing beside the block's own work.
+_FEW = 32
+
+
+def origins(key: Float[Array, "B S K D"], seen: Visibility, rows: int) -> Float[Array, "B I K D"]:
+    """The origin of every block of ``rows`` queries and every key head, in the accumulation dtype.
+
+    Blocks begin at multiples of ``rows``; the last one may be shorter. 0 for a block that sees nothing.
+    """
+    if seen.mask is not None:
+        return _of_mask(key, seen, rows)
+    keys = key.shape[1]
+    blind = _blocks(seen.start >= seen.end, rows)
+    start, end = (_blocks(x, rows) for x in (seen.start, seen.end))
+    lowest = jnp.min(jnp.where(blind, keys, start), axis=2)
+    last_start = jnp.max(jnp.where(blind, 0, start), axis=2)
+    means, found = [], []
+    for first, all_of_them in ((last_start, True), (lowest, False)):
+        place, columns = _window(first, keys)
+        visible = (start[..., None] <= place[:, :, None]) & (place[:, :, None] < end[..., None])
+        if seen.query_ids is not None and seen.key_ids is not None:
+            ids = _rows_of(jnp.broadcast_to(seen.key_ids, (start.shape[0], keys)), columns)
+            visible = visible & (_blocks(seen.query_ids, rows)[..., None] == ids[:, :, None])
+        chosen = jnp.all(visible | blind[..., None], axis=2) if all_of_them else jnp.any(visible, axis=2)
+        chosen = chosen & jnp.any(~blind, axis=2)[..., None]
+        columns = jnp.broadcast_to(columns, (key.shape[0], *columns.shape[1:]))
+        few = jnp.swapaxes(_rows_of(key, columns), 2, 3).astype(accumulation_dtype(key.dtype))  # (B, I, K, few, D)
+        means.append(_mean(few, jnp.broadcast_to(chosen[:, :, None], few.shape[:-1])))
+        found.append(jnp.any(chosen, axis=2))
+    return jnp.where(found[0][..., None, None], means[0], means[1])
+
+
+def _of_mask(key: Array, seen: Visibility, rows: int) -> Array:
+    """As above, in memory proportional to the mask's: keys may be chosen anywhere in the interval."""
+    batch, keys, heads, _ = key.shape
+    visible = dense(seen, keys)  # (#B, #N, T, S)
+    if visible.shape[1] > 1:
+        visible = visible.reshape(visible.shape[0], heads, -1, *visible.shape[2:])
+    else:
+        visible = visible[:, None]
+    blind = ~jnp.any(visible, axis=-1, keepdims=True)
+    count = -(-visible.shape[3] // rows)
+    padding = [(0, 0)] * 3 + [(0, count * rows - visible.shape[3]), (0, 0)]
+
+    def blocks(x: Array, fill: bool) -> Array:
+        x = jnp.pad(x, padding, constant_values=fill)
+        return x.reshape(*x.shape[:3], count, rows, x.shape[4])
+
+    some = jnp.any(blocks(visible, False), axis=(2, 4))  # (#B, #K, I, S)
+    shared = jnp.all(blocks(visible | blind, True), axis=(2, 4)) & jnp.any(some, axis=-1, keepdims=True)
+    chosen = jnp.where(jnp.any(shared, axis=-1, keepdims=True), shared, some)
+    # the first few of them, by a rank that is larger the earlier a key is
+    rank = jnp.where(chosen, keys - jnp.arange(keys, dtype=jnp.int32)[None, None, None], 0)
+    rank, columns = lax.top_k(rank, min(_FEW, keys))
+    columns, chosen = (jnp.broadcast_to(x, (batch, heads, *x.shape[2:])) for x in (columns, rank > 0))
+    b, h = (jnp.arange(n, dtype=jnp.int32) for n in (batch, heads))
+    few = key[b[:, None, None, None], columns, h[None, :, None, None]].astype(accumulation_dtype(key.dtype))
+    return jnp.moveaxis(_mean(few, chosen), 1, 2)
+
+
+def _blocks(x: Array, rows: int) -> Array:
+    """(B, T) -> (B, I, rows), padded with the last query, which changes neither what all see nor what some do."""
+    count = -(-x.shape[1] // rows)
+    x = jnp.pad(x, [(0, 0), (0, count * rows - x.shape[1])], mode="edge")
+    return x.reshape(x.shape[0], count, rows)
+
+
+def _window(first: Int[Array, "#B I"], keys: int) -> tuple[Int[Array, "#B I few"], Int[Array, "#B I few"]]:
+    """Positions from ``first`` on, and the same cut to what there is."""
+    place = first[..., None] + jnp.arange(_FEW, dtype=jnp.int32)[None, None]
+    return place, jnp.minimum(place, keys - 1)
+
+
+def _rows_of(x: Array, columns: Int[Array, "B I few"]) -> Array:
+    """x[b, columns[b, i, j]]."""
+    batch = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None, None]
+    return x[batch, columns]
+
+
+def _mean(few: Float[Array, "*shape few D"], chosen: Bool[Array, "*shape few"]) -> Float[Array, "*shape D"]:
+    number = jnp.maximum(jnp.sum(chosen, axis=-1, dtype=few.dtype), 1)
+    return jnp.sum(jnp.where(chosen[..., None], few, 0), axis=-2) / number[..., None]
