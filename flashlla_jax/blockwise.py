@@ -371,6 +371,8 @@ def _backward_block(
 
     def weights_and_products(j: Array, carry: tuple[_Strips, Array]) -> tuple[_Strips, Array]:
         strips, omega = carry
+        assert strips.kx is not None
+        assert strips.gamma is not None
         w = jnp.exp(strips.weights[j] - saved.top[..., None])
         kx, gamma = _rows_by_keys(x, k[j], tol.dot), _rows_by_keys(g, v[j], tol.dot)
         strips = strips._replace(
@@ -381,6 +383,8 @@ def _backward_block(
     strips, omega = loop(weights_and_products, (strips, jnp.zeros_like(lam)))
     strips, _ = _normalised(strips, queries, omega)  # anew: where logits are huge, top is good to its rounding only
     weights, kx, gamma = strips.weights, strips.kx, strips.gamma
+    assert kx is not None
+    assert gamma is not None
     zeros = jnp.zeros_like(lam)
     kx_mean, gbar = _add_up(
         queries,

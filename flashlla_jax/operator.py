@@ -119,7 +119,8 @@ def _kernels(primitive: Primitive, call: _Call) -> Any:
 
 
 def _run_kernels(*given: Any, backward: bool, call: _Call) -> Any:
-    return (passes.backward if backward else passes.forward)(*given, call.options, call.plan)
+    run: Any = passes.backward if backward else passes.forward
+    return run(*given, call.options, call.plan)
 
 
 @cache
@@ -129,7 +130,8 @@ def _blockwise(primitive: Primitive, call: _Call) -> Any:
 
 
 def _blockwise_forward(*given: Any, call: _Call) -> Any:
-    o, saved, residuals = blockwise.forward(*given, call.options)
+    run: Any = blockwise.forward
+    o, saved, residuals = run(*given, call.options)
     if call.only is None:
         _, types, _ = jax.eval_shape(partial(_run_kernels, backward=False, call=call), *given)
         saved = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
@@ -138,9 +140,11 @@ def _blockwise_forward(*given: Any, call: _Call) -> Any:
 
 def _blockwise_backward(*given: Any, call: _Call) -> Any:
     *inputs, saved, g = given
+    forward: Any = blockwise.forward
+    backward: Any = blockwise.backward
     if call.only is None:
-        _, saved, _ = blockwise.forward(*inputs, call.options)
-    return varying_like(blockwise.backward(*inputs, saved, g, call.options), given)
+        _, saved, _ = forward(*inputs, call.options)
+    return varying_like(backward(*inputs, saved, g, call.options), given)
 
 
 def _bind(primitive: Primitive, call: _Call, given: tuple[Any, ...]) -> Any:
@@ -186,8 +190,9 @@ def _batched(
     def fold_argument(x: Any, is_mapped: Any) -> Any:
         if not isinstance(x, Visibility):
             return jax.tree.map(fold, x, is_mapped)
-        intervals = fold_all((x.start, x.end, x.query_ids, x.key_ids, x.contiguous), _intervals(is_mapped))
-        return Visibility(*intervals, fold_all(x.mask, is_mapped.mask), x.from_first, x.complete)
+        start, end, query_ids, key_ids, contiguous = fold_all(_intervals(x), _intervals(is_mapped))
+        mask = fold_all(x.mask, is_mapped.mask)
+        return Visibility(start, end, query_ids, key_ids, contiguous, mask, x.from_first, x.complete)
 
     given = [fold_argument(*pair) for pair in zip(tree.unflatten(flat), tree.unflatten(mapped), strict=True)]
     out = jax.tree.leaves(_bind(primitive, call, tuple(given)))

@@ -28,6 +28,7 @@ def call(
     import jax_triton as jt
 
     old = tuple(map(int, jt.__version__.split(".")[:2])) < (0, 4)
+    out: dict[str, Any] = {"out_shape" if old else "out_type": out_shapes}
     results = jt.triton_call(
         *arrays,
         *lengths,
@@ -36,7 +37,7 @@ def call(
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
         c=as_constexpr(constants),
-        **{"out_shape" if old else "out_type": out_shapes},
+        **out,
     )
     return varying_like(tuple(results), arrays)
 

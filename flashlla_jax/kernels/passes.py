@@ -84,10 +84,12 @@ class _Problem(NamedTuple):
         """How many batch entries have a visibility of their own: all, or one for all."""
         return max(x.shape[0] for x in (self.seen.start, self.seen.end, table.rows))
 
-    def constants(self, shape: Launch, table: Table, rtol: float = 0.0) -> Constants:
+    def constants(self, shape: Launch, table: Table, rtol: float | None = None) -> Constants:
         _, _, _, heads, kv_heads, dim, value_dim = self.shape
         options, arithmetic, mask = self.options, self.plan.arithmetic, self.seen.mask
         solver = options.solver
+        # the key kernel and float32's have the fewer spills with one pipeline for both
+        few_edges = mask is None and rtol is not None and not arithmetic.upcast
         axes = [False] * 4 if mask is None else [n > 1 for n in mask.shape]
         return Constants(
             HEADS=heads,
@@ -99,7 +101,7 @@ class _Problem(NamedTuple):
             BM=shape.BM,
             BN=shape.BN,
             STAGES=shape.num_stages,
-            EDGE_STAGES=shape.num_stages if mask is not None or shape == self.plan.key else 1,
+            EDGE_STAGES=1 if few_edges else shape.num_stages,
             SCALE=options.qk_scale * _LOG2_E,
             QK_SCALE=options.qk_scale,
             PRECISION=arithmetic.precision,
@@ -114,7 +116,7 @@ class _Problem(NamedTuple):
             **dict(zip(("MASK_B", "MASK_N", "MASK_T", "MASK_S"), axes, strict=True)),
             PER_BATCH=self._visibilities(table) > 1,
             PER_HEAD=table.rows.shape[1] > 1,
-            RTOL=rtol if solver.rtol is None else solver.rtol,
+            RTOL=(rtol or 0.0) if solver.rtol is None else solver.rtol,
             ATOL=0.0 if solver.atol is None else solver.atol,
             MAX_ITERS=solver.max_iters,
             PRECONDITION=solver.use_preconditioner,
