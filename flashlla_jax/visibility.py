@@ -194,24 +194,36 @@ def _within_segments(
     place = jnp.concatenate([2 * jnp.arange(keys, dtype=jnp.int32)[None].repeat(batch, 0) + 1, 2 * start, 2 * end], 1)
     index = jnp.broadcast_to(jnp.arange(place.shape[1], dtype=jnp.int32), place.shape)
     ids, _, index = lax.sort((ids, place, index), dimension=1, num_keys=2)
-    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    is_key = (index < keys) & key_mask[rows, jnp.minimum(index, keys - 1)]
+    is_key = (index < keys) & _taken(key_mask, jnp.minimum(index, keys - 1))
     rank = jnp.cumsum(is_key, axis=1, dtype=jnp.int32)  # keys up to here
     segment = jnp.cumsum(jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0, axis=1, dtype=jnp.int32)
 
     # back in the order that they came in
-    rank, segment = (jnp.zeros_like(x).at[rows, index].set(x, unique_indices=True) for x in (rank, segment))
+    rank, segment = (_put(index, x, x.shape[1]) for x in (rank, segment))
     first, stop = rank[:, keys : keys + queries], rank[:, keys + queries :]
     position = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (batch, keys))
     place = jnp.where(key_mask, rank[:, :keys] - 1, keys)
-    by_rank = jnp.zeros_like(position).at[rows, place].set(position, mode="drop")
+    by_rank = _put(place, position, keys)
     some = first < stop
-    start = jnp.where(some, by_rank[rows, jnp.minimum(first, keys - 1)], 0)
-    end = jnp.where(some, by_rank[rows, jnp.maximum(stop - 1, 0)] + 1, 0)
+    start = jnp.where(some, _taken(by_rank, jnp.minimum(first, keys - 1)), 0)
+    end = jnp.where(some, _taken(by_rank, jnp.maximum(stop - 1, 0)) + 1, 0)
     contiguous = jnp.all(end - start == jnp.where(some, stop - first, 0), axis=1)
     query_ids = jnp.where(some, segment[:, keys : keys + queries], _HIDDEN_QUERY)
     key_ids = jnp.where(key_mask, segment[:, :keys], _HIDDEN_KEY)
     return start, end, (query_ids, key_ids, contiguous)
+
+
+# Row by row, by vmap: so XLA sees that no row needs another's, and divides them among devices without sending any.
+
+
+def _taken(x: Array, index: Array) -> Array:
+    """``x[b, index[b]]``."""
+    return jax.vmap(lambda x, index: x[index])(x, index)
+
+
+def _put(index: Array, x: Array, size: int) -> Array:
+    """(B, size), ``x[b, i]`` at ``index[b, i]``, which are unique; what is beyond the end is dropped."""
+    return jax.vmap(lambda index, x: jnp.zeros(size, x.dtype).at[index].set(x, mode="drop"))(index, x)
 
 
 def dense(seen: Visibility, keys: int) -> Bool[Array, "#B #N T S"]:
@@ -241,9 +253,8 @@ def seen_keys(seen: Visibility, keys: int, kv_heads: int) -> Bool[Array, "#B S #
     # a query adds 1 to the keys from its first on, and takes it back from its last on
     batch = seen.start.shape[0]
     if seen.query_ids is None or seen.key_ids is None:
-        rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-        steps = jnp.zeros((batch, keys + 1), jnp.int32).at[rows, seen.start].add(1).at[rows, seen.end].add(-1)
-        return (jnp.cumsum(steps, axis=1)[:, :keys] > 0)[..., None]
+        steps = jax.vmap(lambda start, end: jnp.zeros(keys + 1, jnp.int32).at[start].add(1).at[end].add(-1))
+        return (jnp.cumsum(steps(seen.start, seen.end), axis=1)[:, :keys] > 0)[..., None]
     # the same among the keys of one segment: sorted by segment and position, as in _within_segments
     some = seen.start < seen.end
     key_ids = jnp.broadcast_to(seen.key_ids, (batch, keys))
@@ -255,9 +266,7 @@ def seen_keys(seen: Visibility, keys: int, kv_heads: int) -> Bool[Array, "#B S #
     index = jnp.broadcast_to(jnp.arange(place.shape[1], dtype=jnp.int32), place.shape)
     _, _, step, index = lax.sort((ids, place, step, index), dimension=1, num_keys=2)
     covered = jnp.cumsum(step, axis=1) > 0
-    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    covered = jnp.zeros_like(covered).at[rows, index].set(covered, unique_indices=True)
-    return (covered[:, :keys] & (key_ids >= 0))[..., None]
+    return (_put(index, covered, place.shape[1])[:, :keys] & (key_ids >= 0))[..., None]
 
 
 def without_hidden(query: Array, key: Array, value: Array, seen: Visibility) -> tuple[Array, Array, Array]:

@@ -144,7 +144,7 @@ def test_gradients_are_finite_differences(shape: Shape, direction: str) -> None:
     @jax.jit
     def loss(step: jax.Array, along: jax.Array) -> jax.Array:
         q, k, v, ridge = (x + step * along if i == index else x for i, x in enumerate(arguments))
-        return jnp.sum(reference.attention(q, k, v, ridge, opts)[0] * inputs.g)
+        return jnp.sum(reference.attention(q, k, v, ridge, seen(shape), opts)[0] * inputs.g)
 
     # The error of a central difference is h^2 / 6 times a third derivative, 1e-8 here, plus roundoff 2.2e-16 / h,
     # 1e-12; both times a constant of the problem, for which 1e-6 leaves a hundred.
@@ -163,7 +163,8 @@ def test_residuals_are_constants_of_the_definition() -> None:
     """omega and logsumexp by their definition, no steps taken, and a direct solve that leaves rounding."""
     shape = SHAPES[0]
     inputs = draw(shape, seed=8)
-    _, residuals = jax.jit(partial(reference.attention, options=options(shape)))(*inputs[:3], jnp.ones(shape.ridge))
+    attend = partial(reference.attention, seen=seen(shape), options=options(shape))
+    _, residuals = jax.jit(attend)(*inputs[:3], jnp.ones(shape.ridge))
     k = np.repeat(np.asarray(inputs.k), 2, axis=2)
     for i in range(shape.queries):
         visible = shape.keys - shape.queries + i + 1

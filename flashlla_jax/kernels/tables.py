@@ -119,7 +119,7 @@ def _summary(
 
     some = tiles(visible, jnp.any, False)
     # queries beyond the last are no hindrance, keys beyond the last are
-    inside = jnp.arange(keys + pad[3][1], dtype=jnp.int32).reshape(-1, keys_per_tile)[:, -1] < keys
+    inside = jnp.arange(keys + pad[3][1], dtype=jnp.int32).reshape(1, 1, 1, -1, keys_per_tile)[..., -1] < keys
     return some, tiles(visible | blind, jnp.all, True) & inside & some
 
 
