@@ -80,7 +80,7 @@ def decode(
     origin = _origin(key, first, dtype)
     moments = _moments(qk_scale, q, key, value, origin, seen, tokens, reversible=reversible)
 
-    sees = moments.omega > 0
+    sees = moments.omega != 0  # NaN too: a bad key that is seen must show
     lam = jnp.where(sees, usable_ridge(lam), 1)
     m = (q - origin[:, :, None]) - moments.mean[..., :dim]
     x = solve(moments.covariance[..., :dim], lam, m)
@@ -99,7 +99,6 @@ def solve(
     again. What this changes in directions that rounding has not swallowed, two steps of iterative refinement restore.
     """
     dim = m.shape[-1]
-    eye = jnp.eye(dim, dtype=m.dtype).reshape((1,) * (m.ndim - 1) + (dim, dim))
     rounding = 2 * dim * float(jnp.finfo(m.dtype).eps)
 
     def matvec(x: Array) -> Array:
@@ -108,7 +107,8 @@ def solve(
     def scaled_solve(_: Any, m: Array) -> Array:
         diagonal = jnp.diagonal(covariance, axis1=-2, axis2=-1) + lam[..., None]
         scale = lax.rsqrt(diagonal)
-        unit = jnp.where(eye > 0, 1, covariance * scale[..., :, None] * scale[..., None, :])
+        eye = jnp.eye(dim, dtype=m.dtype).reshape((1,) * (m.ndim - 1) + (dim, dim))
+        unit = jnp.where(eye.astype(bool), 1, covariance * scale[..., :, None] * scale[..., None, :])
         factor = jnp.linalg.cholesky(unit + rounding * eye)
         m = scale * m
         x = jnp.zeros_like(m)
