@@ -11,7 +11,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["LLAttention", "Residuals", "default_implementation", "lla_attention", "lla_attention_and_omega", "lla_decode"]
+__all__ = [
+    "LLAttention",
+    "Residuals",
+    "default_implementation",
+    "lla_attention",
+    "lla_attention_and_omega",
+    "lla_decode",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -123,11 +123,10 @@ def _attend(
     seen = _visibility(static.window, lengths, hiding.get("starts"), hiding.get("mask"), tokens, capacity)
     if static.implementation == "reference":
         no_solver = SolverOptions(None, None, 1, False)
-        o, _ = reference.attention(
-            query, key, value, lam, seen, Options(static.qk_scale, 0.0, no_solver, static.precision)
-        )
+        options = Options(static.qk_scale, 0.0, no_solver, static.precision)
+        o, _ = reference.attention(query, key, value, lam, seen, options)
     else:
-        o = _decode(static, _Call(query, key, value, lam, seen, _first_seen(seen, heads, capacity)))
+        o: Any = _decode(static, _Call(query, key, value, lam, seen, _first_seen(seen, heads, capacity)))
     valid = (lengths >= 0) & (lengths <= capacity)
     return jnp.where(valid[:, None, None, None], o, jnp.nan), ()
 
@@ -167,10 +166,9 @@ def _decode_fwd(static: _Static, call: _Call) -> tuple[Array, _Call]:
 
 
 def _decode_bwd(static: _Static, call: _Call, g: Array) -> tuple[_Call]:
-    def run(*arrays: Array) -> Array:
-        return decode_xla.decode(*arrays, call.seen, call.first, static.qk_scale, reversible=True)
+    def run(query: Array, key: Array, value: Array, lam: Array) -> Array:
+        return decode_xla.decode(query, key, value, lam, call.seen, call.first, static.qk_scale, reversible=True)
 
-    # selected: a query that sees nothing has no gradient, whatever comes back
     gradients = jax.vjp(run, *call[:4])[1](g)
     return (_Call(*gradients, None, None),)  # type: ignore[arg-type]
 
@@ -203,7 +201,7 @@ def _folding(static: _Static) -> Any:
 
 def _implementation(static: _Static, call: _Call) -> Array:
     def xla(*call: Any) -> Array:
-        return varying_like(decode_xla.decode(*call, static.qk_scale), call)
+        return varying_like(decode_xla.decode(*_Call(*call), static.qk_scale), call)
 
     def triton(*call: Any) -> Array:
         run = divisible(partial(decode_call.decode, qk_scale=static.qk_scale, precision=static.precision))

@@ -1,4 +1,4 @@
-"""The tests that every implementation of ``lla_decode`` passes. Subclass ``DecodeTests`` and name the implementation."""
+"""The tests that every implementation of ``lla_decode`` passes: subclass ``DecodeTests`` and name it."""
 
 from __future__ import annotations
 

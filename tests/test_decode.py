@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -206,7 +205,10 @@ def test_in_a_scan() -> None:
     q, k, v, _ = draw(Shape(2, 4, 20, 2, 1, 8, 8), "float32")
 
     def step(cache: Any, t: Any) -> Any:
-        k_cache, v_cache = (jax.lax.dynamic_update_slice_in_dim(c, jax.lax.dynamic_slice_in_dim(x, 16 + t, 1, 1), 16 + t, 1) for c, x in zip(cache, (k, v), strict=True))
+        k_cache, v_cache = (
+            c.at[:, 16 + t].set(jax.lax.dynamic_index_in_dim(x, 16 + t, 1, keepdims=False))
+            for c, x in zip(cache, (k, v), strict=True)
+        )
         o = lla_decode(jax.lax.dynamic_slice_in_dim(q, t, 1, 1), k_cache, v_cache, 17 + t)
         return (k_cache, v_cache), o
 

@@ -154,9 +154,7 @@ def compile_entry(entry: Entry) -> Report:
     return compile_call(*calls[entry.kernel], entry.capability)
 
 
-def compile_call(
-    kernel: Any, arrays: Any, out_shapes: Any, shape: Any, constants: Any, capability: int
-) -> Report:
+def compile_call(kernel: Any, arrays: Any, out_shapes: Any, shape: Any, constants: Any, capability: int) -> Report:
     """What ``launch.call`` of these would launch."""
     from triton import compile
     from triton.backends.compiler import GPUTarget

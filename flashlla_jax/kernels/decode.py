@@ -53,7 +53,9 @@ def mask_offset(batch, token, head, T, S, c: tl.constexpr):
 
 
 @triton.jit
-def load_block(base, n0, end, visible, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, c: tl.constexpr):
+def load_block(
+    base, n0, end, visible, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, c: tl.constexpr
+):
     """BN rows of the cache, zero where they are not visible, in the products' dtype."""
     rows = n0 + tl.arange(0, c.BN)
     columns = tl.arange(0, PADDED)
@@ -78,7 +80,9 @@ def product(a, b, acc, c: tl.constexpr):
 
 
 @triton.jit
-def moments_kernel(q, k, v, start_ptr, end_ptr, first_ptr, mask_ptr, T, S, tops, omegas, means, moments, c: tl.constexpr):
+def moments_kernel(
+    q, k, v, start_ptr, end_ptr, first_ptr, mask_ptr, T, S, tops, omegas, means, moments, c: tl.constexpr
+):
     """One row, one split, BD features. Grid: the chunks of features, then the rows, then the splits."""
     CHUNKS: tl.constexpr = c.DP // c.BD
     chunk = tl.program_id(0) % CHUNKS

@@ -23,7 +23,8 @@ def call(
 ) -> tuple[jax.Array, ...]:
     """Runs a kernel whose parameters are ``arrays``, ``lengths``, the outputs, and the constants as ``c``.
 
-    ``shape`` has the fields num_warps and num_stages, ``constants`` is a dataclass. In that order jax-triton 0.3 and 0.4 agree.
+    In that order jax-triton 0.3 and 0.4 agree. ``shape`` has the fields num_warps and num_stages, ``constants`` is a
+    dataclass.
     """
     import jax_triton as jt
 

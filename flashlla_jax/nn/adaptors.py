@@ -144,5 +144,8 @@ class AttentionFn:
             core.check_dropout(dropout_rate)
         core.check_sow_weights(module is not None)
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
+        if query.shape[-3] == 1:  # a decode step, where it sees the cache; it is at the end, causal or not
+            exact = {name: getattr(self, name) for name in ("ridge_lambda", "qk_scale", "implementation")}
+            return core.attend_one(query, key, value, mask=mask, precision=precision, **exact)
         options = vars(self) | {"is_causal": self.is_causal or is_causal}
         return core.attend(query, key, value, mask=mask, precision=precision, **options)

@@ -40,8 +40,7 @@ class LLAttention(nn.MultiHeadDotProductAttention):
         cg_rtol: See :func:`flashlla_jax.lla_attention`.
         cg_max_iters: See :func:`flashlla_jax.lla_attention`.
         cg_use_preconditioner: See :func:`flashlla_jax.lla_attention`.
-        implementation: See :func:`flashlla_jax.lla_attention`. Calls with a cache are plain XLA but
-            for a prompt into an empty one.
+        implementation: See :func:`flashlla_jax.lla_attention`; with a cache also of :func:`flashlla_jax.lla_decode`.
     """
 
     attention_fn: Any = None
@@ -71,6 +70,8 @@ class LLAttention(nn.MultiHeadDotProductAttention):
         dropout_rng: Array | None = None,
         sow_weights: bool = False,
         input_positions: Int[Array, "*#batch T"] | None = None,
+        decode_starts: Int[Array, "*batch"] | None = None,
+        decode_lengths: Int[Array, "*batch"] | None = None,
     ) -> Float[Array, "*batch T out_features"]:
         """Attention of ``inputs_q`` to ``inputs_k``, with the call signature of ``nn.MultiHeadDotProductAttention``.
 
@@ -84,6 +85,8 @@ class LLAttention(nn.MultiHeadDotProductAttention):
             dropout_rng: Without effect, as in Flax without dropout.
             sow_weights: Must be False.
             input_positions: As in :class:`flashlla_jax.LLAttention`.
+            decode_starts: As in :class:`flashlla_jax.LLAttention`.
+            decode_lengths: As in :class:`flashlla_jax.LLAttention`.
 
         Returns:
             The output.
@@ -144,7 +147,7 @@ class LLAttention(nn.MultiHeadDotProductAttention):
             norm = partial(nn.LayerNorm, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
             query, key = norm(name="query_ln")(query), norm(name="key_ln")(key)
 
-        arguments = {
+        arguments: dict[str, Any] = {
             "ridge_lambda": self._ridge(),
             "is_causal": self.is_causal,
             "mask": mask,
@@ -155,10 +158,12 @@ class LLAttention(nn.MultiHeadDotProductAttention):
         variables = self._cache(key, value) if self.decode else ()
         if self.decode and has_cache:
             cache = core.Cache(*(variable.value for variable in variables))
+            arguments |= {"starts": decode_starts, "lengths": decode_lengths}
             o, cache = core.decode(settings, query, key, value, cache, **arguments)
             for variable, x in zip(variables, cache, strict=True):
                 variable.value = x
         else:
+            core.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
             o = core.forward(settings, query, key, value, **arguments)
         return project(
             self.out_features or inputs_q.shape[-1],

@@ -1,4 +1,4 @@
-"""The kernels of a decode step in Triton's interpreter. Started by tests/test_interpreted.py, in a process of its own."""
+"""The kernels of a decode step in Triton's interpreter. Started by tests/test_interpreted.py."""
 
 from __future__ import annotations
 
