@@ -119,8 +119,9 @@ def refusal(query: Any, key: Any, value: Any) -> str | None:
     widest = max(key.shape[-1], value.shape[-1])
     if widest > _LARGEST_DIM:
         return f"its head dimension is at most {_LARGEST_DIM}, got {widest}"
-    if key.dtype == jnp.float8_e4m3fn and float(getattr(jax.devices()[0], "compute_capability", "9.0")) < 8.9:
-        return "a float8_e4m3fn cache needs compute capability 8.9 or more"
+    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+    if key.dtype.itemsize == 1 and float(capability) < 9.0:
+        return f"a float8 cache needs compute capability 9.0, this GPU has {capability}"
     return None
 
 
