@@ -34,7 +34,7 @@ class Entry(NamedTuple):
         return f"sm_{self.capability}-{self.dtype}-D{self.dim}-{self.precision.name.lower()}{mask}"
 
 
-# The spills are the worse of what Triton 3.6 and 3.8 make of them, and their assemblers. A wrong shape spills thousands.
+# The spills are the worse of what Triton 3.6, 3.8 and their assemblers make of them. A wrong shape spills thousands.
 ENTRIES = [
     Entry(90, "bfloat16", 64, (0, 0)),
     Entry(90, "bfloat16", 128, (0, 0)),
@@ -42,7 +42,7 @@ ENTRIES = [
     Entry(90, "bfloat16", 64, (0, 0), masked=True),
     Entry(90, "float8_e4m3fn", 64, (76, 0)),
     Entry(90, "float32", 64, (0, 4)),
-    Entry(90, "float32", 128, (24, 0), lax.Precision.HIGHEST),
+    Entry(90, "float32", 128, (28, 0), lax.Precision.HIGHEST),
     Entry(80, "bfloat16", 64, (896, 0)),
 ]
 

@@ -91,7 +91,7 @@ class DecodeConstants:
 # Chosen by what the compiler makes of them for Hopper: the largest that spill no registers.
 _MOMENTS = {
     2: {64: DecodeLaunch(64, 64, 4, 3), 128: DecodeLaunch(32, 128, 8, 3), 256: DecodeLaunch(32, 32, 8, 2)},
-    4: {64: DecodeLaunch(32, 64, 8, 2), 128: DecodeLaunch(16, 64, 8, 2), 256: DecodeLaunch(16, 32, 8, 1)},
+    4: {64: DecodeLaunch(32, 64, 8, 2), 128: DecodeLaunch(16, 64, 8, 1), 256: DecodeLaunch(16, 32, 8, 1)},
 }
 # The second one holds the matrix of a row in registers.
 _SOLVE = {64: 4, 128: 8, 256: 16}
