@@ -113,10 +113,11 @@ def operator_milliseconds(setting: Setting) -> float:
 
 
 def measure(setting: Setting, bytes_per_second: float) -> Row:
-    times = [
+    softmax, module = (
         1e3 * median_time(stepper(kind, setting), 9, 3.0).seconds for kind in (nnx.MultiHeadAttention, LLAttention)
-    ]
-    return Row(setting, 1e3 * setting.cache_bytes / bytes_per_second, *times, operator_milliseconds(setting))
+    )
+    floor = 1e3 * setting.cache_bytes / bytes_per_second
+    return Row(setting, floor, softmax, module, operator_milliseconds(setting))
 
 
 def table(rows: Sequence[Row]) -> str:
