@@ -18,7 +18,7 @@ In float64 the two agree to 1e-14. In float32 the paper's loses everything where
 
 A query that sees no key has output zero.
 
-``delta_eps`` is added to the paper's denominator ``omega_i - mu_i.rho_i``, which is positive. The factor that this multiplies
+``delta_eps`` is added to the denominator ``omega_i - mu_i.rho_i``, which is positive. The factor that this multiplies
 ``o_i`` by counts as a constant under differentiation.
 """
 

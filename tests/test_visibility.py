@@ -423,8 +423,8 @@ class TestHardKeys:
         inputs, ridge = Inputs(std * q, std * k, v, g), jnp.full(shape.ridge, lam, jnp.float32)
         expected = truth(inputs, ridge)
         got, dense = (evaluate(inputs, ridge, implementation=name) for name in ("xla", "reference"))
-        # On rows with one key there is no gradient but dv, so the others are measured on the scale of |g| |v|. Where two
-        # keys share a row's weight, both forms show the rounding of that row's logits.
+        # On rows with one key there is no gradient but dv, so the others are measured on the scale of |g| |v|. Where
+        # two keys share a row's weight, both forms show the rounding of that row's logits.
         scale = {"dq": 1 / std, "dk": 1 / std, "dlambda": 1 / lam}
         for name, x in expected.items():
             floor = scale.get(name, 0.0) * float(jnp.linalg.norm(v) * jnp.linalg.norm(g))
