@@ -74,7 +74,9 @@ def main() -> None:
             compilations.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(record)
-    lines = [f"{jax.devices()[0].device_kind}, jax {jax.__version__}: the second call and those after it, without jax.jit"]
+    lines = [
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}: the second call and those after it, without jax.jit"
+    ]
     lines.append(f"{'':16}{'ms a call':>10} {'compilations':>12} {'bytes kept':>12}")
     for name, call in calls().items():
         lines.append(f"{name:16}" + measure(call, compilations))
