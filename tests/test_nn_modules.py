@@ -17,6 +17,7 @@ from flax import nnx
 
 from flashlla_jax import LLAttention, default_implementation, lla_attention
 from flashlla_jax.nn.linen import LLAttention as LinenLLAttention
+from flashlla_jax.nn.rope import rotate
 from tests.cases import relative_error
 
 FEATURES = 16
@@ -218,10 +219,16 @@ def test_rope_sees_distances_only() -> None:
 
 
 def test_positions_of_any_real_type() -> None:
+    """NumPy's too; halves of a position are turned by half of the angle."""
     layer, x = module(rope=100.0), inputs()
-    expected = call(layer, x)
-    for dtype in ("uint8", "int64", "float16", "float64"):
-        assert relative_error(call(layer, x, input_positions=np.arange(9).astype(dtype)), expected) <= SAME
+    heads = inputs(2, 9, 4, 4)
+    expected = rotate(heads, jnp.arange(9), 100.0)
+    for dtype in ("uint8", "int64", "bfloat16", "float16", "float64"):
+        positions = np.arange(9).astype(dtype)
+        assert jax.eval_shape(lambda x, p=positions: layer(x, input_positions=p), x).shape == x.shape
+        np.testing.assert_array_equal(rotate(heads, positions, 100.0), expected)
+    halved = rotate(rotate(heads, np.arange(9) / 2, 100.0), np.arange(9) / 2, 100.0)
+    assert relative_error(halved, expected) <= SAME
 
 
 class TestStrictPromotion:
@@ -250,12 +257,13 @@ class TestStrictPromotion:
             parameters, cache = variables["params"], {name: x for name, x in variables.items() if name != "params"}
             apply = lambda p, x: twin.apply({"params": p, **cache}, x, mutable=["cache"])[0]  # noqa: E731
 
-        def loss(parameters: Any, x: jax.Array) -> jax.Array:
-            return jnp.sum(apply(parameters, x).astype(jnp.float32))
+        def loss(parameters: Any, x: jax.Array) -> Any:
+            o = apply(parameters, x)
+            return jnp.sum(o.astype(jnp.float32)), o
 
         with jax.numpy_dtype_promotion("strict"):
-            assert jax.eval_shape(apply, parameters, x).dtype == jnp.bfloat16
-            gradients = jax.eval_shape(jax.grad(loss, argnums=(0, 1)), parameters, x)
+            gradients, o = jax.eval_shape(jax.grad(loss, argnums=(0, 1), has_aux=True), parameters, x)
+        assert o.dtype == jnp.bfloat16
         assert {a.dtype for a in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -432,11 +440,10 @@ class TestRefusals:
     @pytest.mark.parametrize("decode", [False, True], ids=["forward", "decode"])
     @pytest.mark.parametrize("rope", [None, 100.0])
     def test_of_positions(self, api: str, rope: float | None, decode: bool) -> None:
+        layer = self.build(api, rope=rope, decode=decode)
         if api == "nnx":
-            layer = self.build(api, rope=rope, decode=decode)
             layer.init_cache((2, 9, FEATURES))
-        else:
-            layer = self.build(api, rope=rope, decode=decode)
+        elif decode:
             layer(inputs())  # which makes the cache
         for positions, got in POSITIONS:
             with pytest.raises(TypeError, match=f"input_positions must be .*integers or real floating numbers, {got}"):
