@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from flashlla_jax.nn import attention_fn
+from flashlla_jax.nn import LLAttention, attention_fn
+from flashlla_jax.nn.linen import LLAttention as LinenLLAttention
 from tests.cases import relative_error
 from tests.test_nn_modules import (
     FEATURES,
@@ -147,14 +149,15 @@ def test_linen_decodes() -> None:
     assert relative_error(jnp.concatenate(outputs, axis=1), call(module(ridge_lambda=RIDGE), x)) <= SAME
 
 
-def test_a_window_is_refused_where_flax_decodes() -> None:
+@pytest.mark.parametrize("bound", [{"local_window_size": 2}, {"query_seq_lengths": jnp.ones(2, int)}], ids=list)
+def test_what_needs_a_position_is_refused_where_flax_decodes(bound: Any) -> None:
     """A token does not say where in the cache it is: at its end, by the alignment, it would see the wrong keys."""
-    x, message = inputs(2, 1, FEATURES), r"local_window_size cannot be served with decode=True.*LLAttention"
-    layer = stock("nnx", local_window_size=2)
+    x, message = inputs(2, 1, FEATURES), f"{next(iter(bound))} cannot be served with decode=True.*LLAttention"
+    layer = stock("nnx", **bound)
     layer.init_cache((2, 7, FEATURES))
     with pytest.raises(NotImplementedError, match=message):
         layer(x, decode=True)
-    twin = nn.MultiHeadDotProductAttention(4, decode=True, attention_fn=attention_fn(local_window_size=2))
+    twin = nn.MultiHeadDotProductAttention(4, decode=True, attention_fn=attention_fn(**bound))
     variables = jax.eval_shape(lambda: twin.init(jax.random.key(0), inputs(2, 7, FEATURES)))
     with pytest.raises(NotImplementedError, match=message):
         jax.eval_shape(lambda variables: twin.apply(variables, x, mutable=["cache"]), variables)
@@ -290,6 +293,12 @@ class TestIsAValue:
         for seed in range(2):
             apply(self.layer(seed), inputs())
         assert traces == 1
+
+
+def test_no_parameter_forbids_all_values() -> None:
+    """Runtime type checkers resolve the hints of each call, and ``Never`` lets nothing through."""
+    functions = (attention_fn, LLAttention.__init__, LLAttention.__call__, LinenLLAttention.__call__)
+    assert all(typing.Never not in typing.get_type_hints(function).values() for function in functions)
 
 
 def test_the_signature_names_all_that_flax_passes() -> None:

@@ -57,7 +57,7 @@ def attention_fn(
             not tell the function where the token is.
         segment_ids: ``[batch..., length]`` integers for queries and keys, or a pair ``([batch..., T], [batch..., S])``,
             as in :func:`flashlla_jax.lla_attention` but with the batch axes of the module's inputs.
-        query_seq_lengths: ``[batch...]`` integers.
+        query_seq_lengths: ``[batch...]`` integers. Not with ``decode=True`` either.
         key_value_seq_lengths: ``[batch...]`` integers; with ``decode=True`` of the positions in the cache.
         qk_scale: As in :func:`flashlla_jax.lla_attention`.
         cg_atol: As in :func:`flashlla_jax.lla_attention`.
@@ -170,8 +170,8 @@ class AttentionFn:
         """Attention as ``nnx.dot_product_attention`` and Linen's have it.
 
         Raises:
-            NotImplementedError: What Local Linear Attention has no counterpart of is asked for, or a window of one
-                query among several keys, which is how Flax's modules decode.
+            NotImplementedError: What Local Linear Attention has no counterpart of is asked for, or a window or query
+                lengths for one query and several keys, which is how Flax's modules decode.
         """
         if bias is not None:
             raise NotImplementedError("Local Linear Attention takes no bias; use mask to hide keys")
@@ -183,11 +183,12 @@ class AttentionFn:
         if not deterministic:
             core.check_dropout(dropout_rate)
         core.check_sow_weights(module is not None)
-        if self.local_window_size is not None and query.shape[-3] == 1 < key.shape[-3]:
-            raise NotImplementedError(
-                "local_window_size cannot be served with decode=True of Flax's own modules: they do not say at which "
-                "position of the cache the token is. LLAttention(local_window_size=...) decodes"
-            )
+        for name in ("local_window_size", "query_seq_lengths"):
+            if getattr(self, name) is not None and query.shape[-3] == 1 < key.shape[-3]:
+                raise NotImplementedError(
+                    f"{name} cannot be served with decode=True of Flax's own modules: they do not say at which "
+                    "position of the cache the token is. LLAttention(local_window_size=...) decodes"
+                )
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
         options = vars(self) | {"is_causal": self.is_causal or is_causal}
         return core.attend(query, key, value, mask=mask, precision=precision, **options)

@@ -120,7 +120,7 @@ def check_sow_weights(sow_weights: bool) -> None:
         )
 
 
-def check_decodes(**hiding: Any) -> None:
+def check_hiding_with_cache(**hiding: Any) -> None:
     """Refuse what a call with a cache has no meaning for: its tokens continue one document, all of which is there."""
     for name, given in hiding.items():
         if given is not None:

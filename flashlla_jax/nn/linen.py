@@ -165,7 +165,7 @@ class LLAttention(nn.MultiHeadDotProductAttention):
             "key_value_seq_lengths": key_value_seq_lengths,
         }
         if self.decode:
-            core.check_decodes(**hiding)
+            core.check_hiding_with_cache(**hiding)
         # init makes the cache, as long as its inputs, and attends without it
         has_cache = self.has_variable("cache", "cached_key")
         variables = self._cache(key, value) if self.decode else ()

@@ -305,7 +305,7 @@ class LLAttention(nnx.MultiHeadAttention):
             "key_value_seq_lengths": key_value_seq_lengths,
         }
         if decode:
-            core.check_decodes(**hiding)
+            core.check_hiding_with_cache(**hiding)
 
         query = self.query(inputs_q, out_sharding=qkv_sharding)
         key = self.key(inputs_k, out_sharding=qkv_sharding)
