@@ -179,7 +179,8 @@ def test_a_window_longer_than_any_cache(tokens: int) -> None:
     layer.init_cache((2, 12, FEATURES))
     graph, state = nnx.split(layer)
     x = inputs(2, tokens, FEATURES)
-    assert jax.eval_shape(lambda state, x: nnx.merge(graph, state)(x), state, x).shape == x.shape
+    with jax.enable_x64(False):  # where a Python int that is too large for int32 is an error, and no small number
+        assert jax.eval_shape(lambda state, x: nnx.merge(graph, state)(x), state, x).shape == x.shape
 
 
 class TestOverrun:
