@@ -84,7 +84,7 @@ def check_hiding(
     is_causal = check_flag("is_causal", is_causal)
     return Hiding(
         is_causal=is_causal,
-        window=None if local_window_size is None else _check_window(local_window_size),
+        window=None if local_window_size is None else check_window(local_window_size),
         query_offset=_check_offset(query_offset, query, key, is_causal),
         query_lengths=_check_lengths("query_seq_lengths", query_seq_lengths, query),
         key_lengths=_check_lengths("key_value_seq_lengths", key_value_seq_lengths, key),
@@ -94,7 +94,8 @@ def check_hiding(
     )
 
 
-def _check_window(window: Any) -> tuple[int, int]:
+def check_window(window: Any) -> tuple[int, int]:
+    """``local_window_size`` as (left, right)."""
     name = "local_window_size"
     pair = window if isinstance(window, tuple | list) else (window, window)
     if len(pair) != 2 or not all(_is_index(width) for width in pair):
@@ -121,7 +122,7 @@ def _check_offset(offset: Any, query: Array, key: Array, is_causal: bool) -> Any
         if abs(offset) > LARGEST_POSITION:
             raise ValueError(f"{name} must lie between -2**29 and 2**29, got {offset}")
         return offset
-    offset = _integers(name, offset, "an int, or an integer array")
+    offset = check_integers(name, offset, "an int, or an integer array")
     if offset.shape not in ((), query.shape[:1]):
         raise ValueError(f"{name} must be a scalar or have the shape (B,) = {query.shape[:1]}, got {offset.shape}")
     if isinstance(offset, np.ndarray) and offset.size and np.max(np.abs(offset.astype(float))) > LARGEST_POSITION:
@@ -132,7 +133,7 @@ def _check_offset(offset: Any, query: Array, key: Array, is_causal: bool) -> Any
 def _check_lengths(name: str, lengths: Any, of: Array) -> Array | None:
     if lengths is None:
         return None
-    lengths = _integers(name, lengths, "an integer array")
+    lengths = check_integers(name, lengths, "an integer array")
     if lengths.shape != of.shape[:1]:
         raise ValueError(f"{name} must have the shape (B,) = {of.shape[:1]}, got {lengths.shape}")
     if isinstance(lengths, np.ndarray) and lengths.size and not 0 <= lengths.min() <= lengths.max() <= of.shape[1]:
@@ -146,7 +147,7 @@ def _check_segments(segment_ids: Any, query: Array, key: Array) -> tuple[Array, 
     name = "segment_ids"
     shapes = query.shape[:2], key.shape[:2]
     if not isinstance(segment_ids, tuple | list):
-        ids = _integers(name, segment_ids, "an integer array or a pair of them")
+        ids = check_integers(name, segment_ids, "an integer array or a pair of them")
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"one {name} for queries and keys needs as many of one as of the other, got query {query.shape}, key "
@@ -157,7 +158,7 @@ def _check_segments(segment_ids: Any, query: Array, key: Array) -> tuple[Array, 
         return jnp.asarray(ids), jnp.asarray(ids)
     if len(segment_ids) != 2:
         raise ValueError(f"{name} must be one array or a pair (query, key), got {len(segment_ids)} of them")
-    pair = tuple(_integers(name, ids, "an integer array or a pair of them") for ids in segment_ids)
+    pair = tuple(check_integers(name, ids, "an integer array or a pair of them") for ids in segment_ids)
     if pair[0].shape != shapes[0] or pair[1].shape != shapes[1]:
         raise ValueError(
             f"{name} must have the shapes (B, T) = {shapes[0]} and (B, S) = {shapes[1]}, got {pair[0].shape} and "
@@ -184,7 +185,8 @@ def _check_mask(mask: Any, query: Array, key: Array) -> Array:
     return mask if query.ndim == 4 else mask[:, None]
 
 
-def _integers(name: str, value: Any, allowed: str) -> Any:
+def check_integers(name: str, value: Any, allowed: str) -> Any:
+    """An integer array of any kind, as it is."""
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise TypeError(f"{name} must be {allowed}, got {type(value).__name__}")
     if not jnp.issubdtype(value.dtype, jnp.integer):
