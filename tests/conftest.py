@@ -48,10 +48,16 @@ def import_example() -> Callable[[str], ModuleType]:
     return importlib.import_module
 
 
-@pytest.fixture
-def as_a_script() -> Iterator[None]:
-    """The suite's float64 and strict promotion are not what a user's script runs with; compilation is kept quick."""
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """For small shapes, where nearly all time goes into compilation: LLVM's part of it is left out."""
     jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def as_a_script(quick_compilation: None) -> Iterator[None]:
+    """The suite's float64 and strict promotion are not what a user's script runs with."""
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -51,14 +51,17 @@ class ImplementationTests:
     dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16", "float16")
     shapes: tuple[Shape, ...] = SHAPES  # of test_shapes
     kind_shapes: tuple[Shape, ...] = KIND_SHAPES  # of test_accuracy
+    hidden: tuple[str, ...] = tuple(HIDDEN)  # of test_hidden
     ridges: tuple[float, ...] = RIDGES
     length: int = 300  # of the longest sequence below; the others are in proportion
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """The subclass's own shapes."""
+        """The subclass's own shapes and ways of hiding keys."""
         if "shape" in metafunc.fixturenames:
             shapes = self.kind_shapes if metafunc.definition.originalname == "test_accuracy" else self.shapes
             metafunc.parametrize("shape", shapes, ids=str)
+        if "name" in metafunc.fixturenames:
+            metafunc.parametrize("name", self.hidden)
 
     def evaluate(self, inputs: Inputs, ridge: jax.Array, **kwargs: Any) -> dict[str, jax.Array]:
         return evaluate(inputs, ridge, implementation=self.implementation, **kwargs)
@@ -130,7 +133,6 @@ class ImplementationTests:
         lines = self.failures(inputs, lam, scale=1e-3, is_causal=shape.is_causal)
         assert not lines, "\n".join(lines)
 
-    @pytest.mark.parametrize("name", HIDDEN)
     def test_hidden(self, name: str) -> None:
         """Every way of hiding keys: as accurate as the plain call, and what is hidden may hold NaN."""
         case = self.hidden_case(name)

@@ -25,8 +25,9 @@ from tests.test_nn_modules import (
     inputs,
     linen_parameters,
     module,
-    quick_compilation,  # noqa: F401 (a fixture)
 )
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 RIDGE = 0.5
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,8 @@ from flashlla_jax import LLAttention, default_implementation, lla_attention
 from flashlla_jax.nn.linen import LLAttention as LinenLLAttention
 from flashlla_jax.nn.rope import rotate
 from tests.cases import relative_error
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FEATURES = 16
 SAME = 1e-5  # float32: some roundings of another order
@@ -38,14 +39,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "qk_scale": 0.7,
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """The shapes are tiny, so that nearly all time goes into compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def inputs(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:

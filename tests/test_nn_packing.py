@@ -23,8 +23,9 @@ from tests.test_nn_modules import (
     inputs,
     linen_parameters,
     module,
-    quick_compilation,  # noqa: F401 (a fixture)
 )
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Rows of 17 tokens, packed with documents of these lengths; the ids are in no order.
 DOCUMENTS = ((5, 7, 5), (7, 5, 5))

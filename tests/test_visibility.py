@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,20 +19,14 @@ from flashlla_jax.visibility import Visibility, dense, seeing_queries, seen_keys
 from tests.cases import GRADIENTS, HIDDEN, Inputs, Shape, draw, evaluate, operate, relative_error, truth
 from tests.test_memory import DIM, LONG, SHORT
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPE = Shape(2, 140, 160, 4, 2, 6, 8)  # two blocks of queries and of keys, ragged
 
 # Both paths in float64, apart by where conjugate gradients stop: as SAME in test_transforms.py.
 SAME = 1e-10
 
 both = pytest.mark.parametrize("implementation", ["xla", "reference"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """The shapes are small, so that nearly all time goes into compilation: LLVM's part of it is left out."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def ridge(shape: Shape = SHAPE) -> jax.Array:
