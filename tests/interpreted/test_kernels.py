@@ -143,6 +143,7 @@ class TestKernels(ImplementationTests):
         "in the middle",
         "an offset for each",
         "mask",
+        "mask of the queries",
         "all at once, scattered",
     )
     kind_shapes = (
