@@ -135,11 +135,11 @@ def lla_attention(
     ``ridge_lambda`` to infinity is softmax attention; ``qk_scale = 0`` is ridge regression with an intercept over the
     visible keys (MesaNet's limit).
 
-    Differentiable once in ``query``, ``key``, ``value`` and ``ridge_lambda``, in reverse mode; a second time, and in
-    forward mode, by ``implementation="reference"`` only. Works under ``jax.jit``, ``jax.vmap``, ``jax.checkpoint``,
-    ``jax.lax.scan`` and ``jax.shard_map``. On a mesh
-    with explicit axes, or with automatic ones under ``jax.jit``, the arrays may be sharded along the batch and the
-    heads; each device computes its own.
+    Differentiable in ``query``, ``key``, ``value`` and ``ridge_lambda``, in reverse mode. With ``implementation="xla"``
+    the gradient can be differentiated again in forward mode (``jax.hessian``, Hessian-vector products by ``jax.jvp`` of
+    ``jax.grad``); with ``implementation="reference"`` in any mode. Works under ``jax.jit``, ``jax.vmap``,
+    ``jax.checkpoint``, ``jax.lax.scan`` and ``jax.shard_map``. On a mesh with explicit axes, or with automatic ones
+    under ``jax.jit``, the arrays may be sharded along the batch and the heads; each device computes its own.
 
     A query sees the keys that all of ``is_causal``, ``local_window_size``, the lengths, ``segment_ids`` and ``mask``
     allow. Work and memory are spent on what is visible: a window or a packed row costs what it shows. A query that sees

@@ -17,7 +17,8 @@ blocks go from the first to the last that any query of the block sees: what lies
 Within a query block every key is taken relative to the block's origin (origin.py).
 
 a_ij sums to 1 under p by definition, and b_ij to 0. So both are taken as what is left of products when their mean under
-p is subtracted: where one key holds all the weight, or the products are huge, the large parts cancel exactly.
+p is subtracted, and once more what rounding left of that mean (_centred): where one key holds all the weight, or the
+products are huge, the large parts cancel exactly.
 
 A mask is cut with the queries: what one block of them sees is a boolean strip as large as a quarter of its weights.
 """
@@ -227,7 +228,7 @@ class _Strips(NamedTuple):
 
     k: Float[Array, "J H C D"]  # relative to the block's origin
     weights: Float[Array, "J H R C"]  # p_ij
-    kx: Float[Array, "J H R C"]  # k_j.x_i
+    kx: Float[Array, "J H R C"]  # k_j.x_i less its mean under p
     gamma: Float[Array, "J H R C"] | None  # in the backward pass
 
 
@@ -306,6 +307,17 @@ def _normalised(strips: _Strips, queries: _Queries, omega: Array) -> tuple[_Stri
     return strips._replace(weights=weights), total
 
 
+def _centred(strip: Array, weights: Array, queries: _Queries, mean: Array) -> tuple[Array, Array]:
+    """The strip less its mean, and the mean that rounding left: of products of 1e5 the mean itself is good to 1e-2."""
+
+    def term(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        strip, left = carry
+        x = strip[j] - mean[..., None]
+        return strip.at[j].set(x), left + jnp.sum(weights[j] * x, axis=-1)
+
+    return lax.fori_loop(queries.first, queries.stop, term, (strip, jnp.zeros_like(mean)))
+
+
 def _forward_block(
     strips: _Strips,
     queries: _Queries,
@@ -339,6 +351,7 @@ def _forward_block(
         return kx.at[j].set(product), mean + jnp.sum(strips.weights[j] * product, axis=-1)
 
     kx, mean = lax.fori_loop(queries.first, queries.stop, products, (strips.kx, jnp.zeros_like(lam)))
+    kx, mean = _centred(kx, strips.weights, queries, mean)
     o = _add_up(
         queries,
         jnp.zeros_like(q, shape=(*q.shape[:2], v.shape[-1])),
@@ -391,6 +404,8 @@ def _backward_block(
         (zeros, zeros),
         lambda j: (jnp.sum(weights[j] * kx[j], axis=-1), jnp.sum(weights[j] * gamma[j], axis=-1)),
     )
+    kx, kx_mean = _centred(kx, weights, queries, kx_mean)
+    gamma, gbar = _centred(gamma, weights, queries, gbar)
 
     def rhs(j: Array) -> tuple[Array, Array]:
         t = weights[j] * (gamma[j] - gbar[..., None])
@@ -408,6 +423,7 @@ def _backward_block(
         return gamma.at[j].set(left), mean + jnp.sum(weights[j] * left, axis=-1)
 
     left, left_mean = loop(slopes, (gamma, zeros))
+    left, left_mean = _centred(left, weights, queries, left_mean)
     dlam = jnp.sum(u * x, axis=-1)
     ridge_term = (lam * dlam)[..., None]
 
@@ -422,7 +438,7 @@ def _backward_block(
         return dq, _Keys(dk.at[j].add(dk_j), dv.at[j].add(_keys_by_features(pa, g, tol.dot)))
 
     dq, grads = loop(gradients, (u, grads))
-    return (strips._replace(gamma=left), grads), (dq, dlam)
+    return (strips._replace(kx=kx, gamma=left), grads), (dq, dlam)
 
 
 def _start(queries: _Queries, keys: _Keys, backward: bool) -> _Strips:

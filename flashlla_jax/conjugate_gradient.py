@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -49,6 +49,8 @@ def solve(
 ) -> Solution:
     """Solves ``A_i x_i = rhs_i`` from zero; the loop ends when every row has converged.
 
+    The derivative in forward mode is the implicit one, another solve: A dx = d(rhs) - dA x.
+
     A row has converged when ``|r|^2 <= rtol * max(atol, |rhs|^2)``. It is then left alone while others go on, so a
     row's result does not depend on the rows beside it. A row whose search direction has no positive curvature (a NaN,
     or a system that rounding has made indefinite) stops where it is.
@@ -61,6 +63,24 @@ def solve(
         max_iters: the most steps taken.
         inverse_diagonal: 1 / diag(A) for the Jacobi preconditioner; None for none.
     """
+
+    def iterate(matvec: Callable[[Array], Array], rhs: Array) -> tuple[Array, tuple[Array, Array]]:
+        solution = _iterate(matvec, rhs, rtol, atol, max_iters, inverse_diagonal)
+        return solution.x, (solution.iterations, solution.residual_norm)
+
+    x, (iterations, residual_norm) = lax.custom_linear_solve(matvec, rhs, iterate, symmetric=True, has_aux=True)
+    return Solution(x, iterations, residual_norm)
+
+
+def _iterate(
+    matvec: Callable[[Array], Array],
+    rhs: Array,
+    rtol: float,
+    atol: float,
+    max_iters: int,
+    inverse_diagonal: Array | None,
+) -> Solution:
+    """``solve`` without its derivative."""
 
     def precondition(r: Array) -> Array:
         return r if inverse_diagonal is None else r * inverse_diagonal
@@ -102,5 +122,5 @@ def solve(
             iterations=state.iterations + live.astype(jnp.int32),
         )
 
-    end = jax.lax.while_loop(unfinished, advance, start)
+    end = lax.while_loop(unfinished, advance, start)
     return Solution(end.x, end.iterations, jnp.sqrt(_dot(end.r, end.r)))

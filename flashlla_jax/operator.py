@@ -3,8 +3,7 @@
 A program that is traced once may be lowered for any platform. Each primitive is lowered for CUDA to the Triton kernels
 and for everything else to blockwise XLA, unless a named implementation says otherwise. The kernels' side is traced when
 the primitive is bound, and its jaxpr is a parameter of the primitive: JAX then knows what comes out, and finds in it
-the
-rule by which XLA may divide the call among devices.
+the rule by which XLA may divide the call among devices.
 
 Where a call may be lowered for either, what is kept for the backward pass is what the kernels keep. The XLA path, the
 exception in a program that was traced beside a GPU, leaves it empty and runs the forward pass again.
@@ -203,11 +202,62 @@ def _intervals(seen: Visibility) -> tuple[Any, ...]:
     return seen.start, seen.end, seen.query_ids, seen.key_ids, seen.contiguous
 
 
+_SECOND_DERIVATIVE = (
+    "the gradient of lla_attention can be differentiated again in forward mode (jax.jvp of jax.grad, jax.jacfwd) with "
+    "implementation='xla', and in any mode with implementation='reference', which is dense and for small problems"
+)
+
+
 def _refuse_derivative(*_: Any, **__: Any) -> Any:
-    raise NotImplementedError(
-        "the gradient of lla_attention can be differentiated again by implementation='reference' only, which is dense "
-        "and for small problems"
-    )
+    raise NotImplementedError(_SECOND_DERIVATIVE)
+
+
+def _derivative(
+    primitive: Primitive, primals: Any, tangents: Any, *, call: _Call, tree: Any, jaxpr: ClosedJaxpr
+) -> tuple[Any, Any]:
+    """In forward mode, of the XLA side: a gradient's own derivative (Hessian-vector products)."""
+    if call.only != "xla":
+        _refuse_derivative()
+    out = primitive.bind(*primals, call=call, tree=tree, jaxpr=jaxpr)
+    moving = tuple(i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero)
+    pushed = iter(_tangent_p.bind(*primals, *(tangents[i] for i in moving), jaxpr=jaxpr, moving=moving))
+    return out, [next(pushed) if _is_float(x) else ad.Zero(jax.typeof(x).to_tangent_aval()) for x in out]
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _push(*flat: Array, jaxpr: ClosedJaxpr, moving: tuple[int, ...]) -> list[Array]:
+    """The tangents of the floating results, for primals and the tangents of those that move."""
+    count = len(jaxpr.in_avals)
+    primals, tangents = flat[:count], flat[count:]
+
+    def run(*moved: Array) -> list[Array]:
+        given = list(primals)
+        for i, x in zip(moving, moved, strict=True):
+            given[i] = x
+        return [x for x in jaxpr_as_fun(jaxpr)(*given) if _is_float(x)]
+
+    return jax.jvp(run, tuple(primals[i] for i in moving), tangents)[1]
+
+
+def _tangent_primitive() -> Primitive:
+    """``_push``, as what says clearly that it cannot be transposed: XLA's loops do not run backwards."""
+    made = Primitive("lla_tangent")
+    made.multiple_results = True
+    made.def_impl(partial(xla.apply_primitive, made))
+    made.def_abstract_eval(lambda *_, jaxpr, moving: [x for x in jaxpr.out_avals if _is_float(x)])
+    mlir.register_lowering(made, _lowering(_push))
+    ad.primitive_transposes[made] = _refuse_derivative
+    ad.primitive_jvps[made] = _refuse_derivative
+
+    def batched(flat: Any, axes: Any, **parameters: Any) -> tuple[Any, Any]:
+        out = jax.vmap(partial(_push, **parameters), in_axes=tuple(axes))(*flat)
+        return out, [0] * len(out)
+
+    batching.primitive_batchers[made] = batched
+    return made
 
 
 def _primitive(name: str) -> Primitive:
@@ -218,7 +268,7 @@ def _primitive(name: str) -> Primitive:
     mlir.register_lowering(made, _lowering(_on_cuda), platform="cuda")
     mlir.register_lowering(made, _lowering(partial(_elsewhere, made)))
     batching.primitive_batchers[made] = partial(_batched, made)
-    ad.primitive_jvps[made] = _refuse_derivative
+    ad.primitive_jvps[made] = partial(_derivative, made)
     return made
 
 
@@ -226,5 +276,6 @@ def _lowering(run: Callable[..., Any]) -> Any:
     return mlir.lower_fun(run, multiple_results=True)
 
 
+_tangent_p = _tangent_primitive()
 _forward_p = _primitive("lla_forward")
 _backward_p = _primitive("lla_backward")

@@ -1,17 +1,24 @@
-"""Local Linear Attention written as the paper writes it: dense, one ``jnp.linalg.solve`` per query.
+"""Local Linear Attention by its definition: dense, one ``jnp.linalg.solve`` per query.
 
 This is the definition that every other implementation is tested against; in float64 it is the truth. It holds a
 ``(B, N, T, S, D)`` array and costs O(T S D^2), so it is for tests and small problems.
 
-For query i over its visible keys j (arXiv 2510.01450, section 3; design.md section 1):
+For query i over its visible keys j, with softmax weights p_ij (design.md section 1):
 
-    w_ij = exp(qk_scale q_i.k_j - max_j),  omega_i = sum_j w_ij,  z_ij = k_j - q_i
-    mu_i = sum_j w_ij z_ij,  Sigma_i = sum_j w_ij z_ij z_ij^T + lambda_i omega_i I,  rho_i = Sigma_i^-1 mu_i
+    kbar_i = sum_j p_ij k_j,  kc_ij = k_j - kbar_i,  A_i = sum_j p_ij kc_ij kc_ij^T + lambda_i I
+    x_i = A_i^-1 (kbar_i - q_i),  o_i = sum_j p_ij (1 - kc_ij.x_i) v_j
+
+The paper (arXiv 2510.01450, section 3) writes the same with z_ij = k_j - q_i in place of kc_ij, and then divides:
+
+    w_ij = exp(qk_scale q_i.k_j - max_j),  omega_i = sum_j w_ij,  mu_i = sum_j w_ij z_ij
+    Sigma_i = sum_j w_ij z_ij z_ij^T + lambda_i omega_i I,  rho_i = Sigma_i^-1 mu_i
     o_i = sum_j w_ij (1 - z_ij.rho_i) / (omega_i - mu_i.rho_i) v_j
+
+In float64 the two agree to 1e-14. In float32 the paper's loses everything where a query lies far from the keys it sees.
 
 A query that sees no key has output zero.
 
-``delta_eps`` is added, with its sign, to the denominator ``omega_i - mu_i.rho_i``. The factor that this multiplies
+``delta_eps`` is added to the denominator ``omega_i - mu_i.rho_i``, which is positive. The factor that this multiplies
 ``o_i`` by counts as a constant under differentiation.
 """
 
@@ -57,6 +64,19 @@ def _canonical(
     return q, k, v, usable_ridge(lam)
 
 
+def _regression(p: Array, k: Array, lam: Array) -> tuple[Array, Array, Array]:
+    """The centred keys kc, (B, N, T, S, D), the matrix A, (B, N, T, D, D), and kbar."""
+    kbar = jnp.einsum("bnts,bnsd->bntd", p, k, precision="highest")
+    kc = k[:, :, None] - kbar[:, :, :, None]
+    ridge = lam[..., None, None] * jnp.eye(k.shape[-1], dtype=k.dtype)[None, None, None]
+    return kc, jnp.einsum("bntsd,bntse->bntde", p[..., None] * kc, kc, precision="highest") + ridge, kbar
+
+
+def _damping(total: Array, m: Array, x: Array, options: Options) -> Array:
+    """What ``delta_eps`` multiplies the output by; the paper's denominator is ``total / (1 + m.x)``."""
+    return total / (total + options.delta_eps * (1 + jnp.sum(m * x, axis=-1)))
+
+
 def attention(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B S K D"],
@@ -65,34 +85,28 @@ def attention(
     seen: Visibility,
     options: Options,
 ) -> tuple[Float[Array, "B T N Dv"], Residuals]:
-    """The paper's form. Differentiable by JAX itself; 16-bit inputs are computed in float32.
+    """The centred form. Differentiable by JAX itself; 16-bit inputs are computed in float32.
 
     The solver's options and ``precision`` do not apply: the solve is direct and every product is exact to the dtype.
     """
     q, k, v, lam = _canonical(query, key, value, ridge_lambda, seen)
     w, omega, total, top = _weights(q, k, seen, options)
 
-    z = k[:, :, None] - q[:, :, :, None]  # (B, N, T, S, D)
-    wz = w[..., None] * z
-    mu = jnp.sum(wz, axis=-2)
-    ridge = (lam * total)[..., None, None] * jnp.eye(q.shape[-1], dtype=q.dtype)[None, None, None]
-    sigma = jnp.einsum("bntsd,bntse->bntde", wz, z, precision="highest") + ridge
-    rho = jnp.linalg.solve(sigma, mu[..., None])[..., 0]
-
-    denominator = total - jnp.sum(mu * rho, axis=-1)
-    damping = denominator / (denominator + options.delta_eps * jnp.sign(denominator))
-    weights = w * (1 - jnp.einsum("bntsd,bntd->bnts", z, rho, precision="highest")) / denominator[..., None]
-    weights = weights * jax.lax.stop_gradient(damping)[..., None]
-    o = jnp.einsum("bnts,bnsd->bntd", weights, v, precision="highest")
+    p = w / total[..., None]
+    kc, a_matrix, kbar = _regression(p, k, lam)
+    m = jnp.where((omega > 0)[..., None], kbar - q, 0)
+    x = jnp.linalg.solve(a_matrix, m[..., None])[..., 0]
+    a = 1 - jnp.einsum("bntsd,bntd->bnts", kc, x, precision="highest")
+    damping = jax.lax.stop_gradient(_damping(total, m, x, options))
+    o = jnp.einsum("bnts,bnsd->bntd", p * a * damping[..., None], v, precision="highest")
     o = jnp.where((omega > 0)[..., None], o, 0)  # selected: the cotangent of a query that sees no key may be NaN
 
-    # rho solves Sigma rho = mu; x of the centred form is rho omega / denominator, and m - A x its residual.
-    defect = mu - jnp.einsum("bntde,bnte->bntd", sigma, rho, precision="highest")
+    defect = m - jnp.einsum("bntde,bnte->bntd", a_matrix, x, precision="highest")
     residuals = Residuals(
         omega=omega,
         logsumexp=top + jnp.log(total),
         iterations=jnp.zeros(omega.shape, jnp.int32),
-        residual_norm=jnp.linalg.norm(defect, axis=-1) / jnp.abs(denominator),
+        residual_norm=jnp.linalg.norm(defect, axis=-1),
     )
     residuals = jax.lax.stop_gradient(Residuals(*(jnp.moveaxis(x, 1, 2) for x in residuals)))
     return jnp.moveaxis(o, 1, 2).astype(query.dtype), residuals
@@ -122,16 +136,11 @@ def attention_backward(
     def einsum(subscripts: str, *operands: Array) -> Array:
         return jnp.einsum(subscripts, *operands, precision="highest")
 
-    kbar = einsum("bnts,bnsd->bntd", p, k)
-    kc = k[:, :, None] - kbar[:, :, :, None]  # (B, N, T, S, D)
-    eye = jnp.eye(q.shape[-1], dtype=q.dtype)[None, None, None]
-    a_matrix = einsum("bntsd,bntse->bntde", p[..., None] * kc, kc) + lam[..., None, None] * eye
-
+    kc, a_matrix, kbar = _regression(p, k, lam)
     m = kbar - q
     x = jnp.linalg.solve(a_matrix, m[..., None])[..., 0]
     a = 1 - einsum("bntsd,bntd->bnts", kc, x)
-    damping = total / (total + options.delta_eps * (1 + jnp.sum(m * x, axis=-1)))
-    g = g * damping[..., None]
+    g = g * _damping(total, m, x, options)[..., None]
 
     gamma = einsum("bntd,bnsd->bnts", g, v)
     gamma = gamma - jnp.sum(p * gamma, axis=-1, keepdims=True)

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +20,20 @@ jax.config.update("jax_num_cpu_devices", 2)  # for test_sharding.py; the others 
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
+def _asks_for_a_gpu(config: pytest.Config) -> bool:
+    return bool(re.search(r"(?<!not )\bgpu\b", config.option.markexpr or ""))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Every other test is the CPU's, whatever the machine has; so are the scripts that tests start."""
+    if not _asks_for_a_gpu(config):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        jax.config.update("jax_platforms", "cpu")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU tests run when they are asked for by marker, and only then."""
-    if "gpu" in (config.option.markexpr or ""):
+    if _asks_for_a_gpu(config):
         return
     skip = pytest.mark.skip(reason="needs a GPU: run with -m gpu")
     for item in items:
@@ -36,10 +48,16 @@ def import_example() -> Callable[[str], ModuleType]:
     return importlib.import_module
 
 
-@pytest.fixture
-def as_a_script() -> Iterator[None]:
-    """The suite's float64 and strict promotion are not what a user's script runs with; compilation is kept quick."""
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """For small shapes, where nearly all time goes into compilation: LLVM's part of it is left out."""
     jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def as_a_script(quick_compilation: None) -> Iterator[None]:
+    """The suite's float64 and strict promotion are not what a user's script runs with."""
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -64,8 +64,8 @@ class Report(NamedTuple):
         return re.findall(r"\((C\d+)\) Potential Performance Loss: wgmma", self.log)
 
 
-# Every entry of the launch table, each on the oldest GPU that it serves, the usual one on Blackwell, and what else the
-# kernels do in bfloat16 at HIGH.
+# Every entry of the launch table, each on the oldest GPU that it serves, the usual one on Blackwell, what else the
+# kernels do in bfloat16 at HIGH, and the usual ones with keys hidden otherwise.
 ENTRIES = [
     *(
         Entry(capability, kernel, {2: "bfloat16", 4: "float32"}[operand_bytes], dim)
@@ -75,14 +75,17 @@ ENTRIES = [
     ),
     *(Entry(100, kernel, "bfloat16", 64) for kernel in KERNELS),
     *(Entry(90, kernel, "bfloat16", dim, "high") for kernel in ("forward", "query") for dim in (64, 128)),
-    *(Entry(90, kernel, "bfloat16", 64, hidden=how) for kernel in KERNELS for how in ("window", "segments", "mask")),
+    # what one kernel makes of ids and of a mask tells of the others: all of them take minutes
+    *(Entry(90, kernel, "bfloat16", 64, hidden=how) for kernel in ("query", "key") for how in ("segments", "mask")),
+    *(Entry(80, "query", "float32", 64, hidden=how) for how in ("segments", "mask")),
 ]
 
 
 # Bytes of register spills (stores) that an entry may have: what Triton 3.8 and its assembler make of it, as measured,
-# with a quarter for the next version's. x, r and kbar of a whole tile outlive the loops over the keys and are kept in
-# memory meanwhile, so there are always some; a wrong tile shape shows as ten times as many. A head dimension of 256 is
-# beyond the registers in float32, and in bfloat16 before Hopper: right, but slow.
+# with a quarter and 64 for the next version's. x, r and kbar of a whole tile outlive the loops over the keys and are
+# kept in memory meanwhile, so there are always some; a wrong tile shape shows as ten times as many. A head dimension of
+# 256 is beyond the registers in float32, and in bfloat16 before Hopper: right, but slow. Keys hidden otherwise than
+# causally have the same bound, or one of their own.
 SPILLS = {
     (90, "bfloat16", "high"): {
         64: {"forward": 1016, "query": 1048},
@@ -99,10 +102,12 @@ SPILLS = {
         256: {"forward": 42984, "query": 67968, "key": 868},
     },
     (80, "float32", "default"): {
-        64: {"forward": 580, "query": 1168, "key": 348},
-        128: {"forward": 2092, "query": 5040, "key": 764},
-        256: {"forward": 50128, "query": 98152, "key": 3176},
+        64: {"forward": 560, "query": 1160, "key": 28},
+        128: {"forward": 1988, "query": 5044, "key": 168},
+        256: {"forward": 48444, "query": 87956, "key": 2296},
     },
+    # two kinds of loads more, and a pipeline for the compared tiles too
+    (80, "float32", "default", "mask"): {64: {"forward": 1208, "query": 1736, "key": 20}},
 }
 
 
@@ -216,10 +221,9 @@ def test_fits(entry: Entry, report: Callable[[Entry], Report]) -> None:
 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.capability < 100], ids=str)
 def test_spills_no_more_than_known(entry: Entry, report: Callable[[Entry], Report]) -> None:
-    if entry.dtype == "float32":
-        pytest.xfail("since they take intervals, float32's kernels spill more than they did: to be mended")
-    most = 1.25 * SPILLS[entry.capability, entry.dtype, entry.precision][entry.dim][entry.kernel]
-    assert report(entry).spill_stores <= most, report(entry).log
+    usual = (entry.capability, entry.dtype, entry.precision)
+    known = SPILLS.get((*usual, entry.hidden), SPILLS[usual])[entry.dim][entry.kernel]
+    assert report(entry).spill_stores <= 1.25 * known + 64, report(entry).log
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from flashlla_jax.nn import attention_fn
+from flashlla_jax.nn import LLAttention, attention_fn
+from flashlla_jax.nn.linen import LLAttention as LinenLLAttention
 from tests.cases import relative_error
 from tests.test_nn_modules import (
     FEATURES,
@@ -23,8 +25,9 @@ from tests.test_nn_modules import (
     inputs,
     linen_parameters,
     module,
-    quick_compilation,  # noqa: F401 (a fixture)
 )
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 RIDGE = 0.5
 
@@ -74,6 +77,21 @@ class TestInside:
         apply = stock(api, is_causal=True)
         gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(apply(x)))))(x)
         assert relative_error(gradient, our_gradient(x)) <= SAME
+
+    def test_window_and_bound_arrays(self, api: str) -> None:
+        """As ``LLAttention`` has them, with two batch axes; known arrays in NNX, and traced ones in Linen, where a
+        function made in the trace is how segments that differ from call to call get there."""
+        x = inputs(2, 3, 5, FEATURES)
+        rng = np.random.default_rng(0)
+        bound = {
+            "segment_ids": rng.integers(2, size=(2, 3, 5)),
+            "query_seq_lengths": rng.integers(2, 6, size=(2, 3)),
+            "key_value_seq_lengths": jnp.asarray(rng.integers(2, 6, size=(2, 3))),
+        }
+        apply = lambda x, bound: stock(api, is_causal=True, local_window_size=(2, 0), **bound)(x)  # noqa: E731
+        got = jax.jit(apply)(x, bound) if api == "linen" else jax.jit(lambda x: apply(x, bound))(x)
+        expected = call(module(ridge_lambda=RIDGE, local_window_size=(2, 0)), x, **bound)
+        assert relative_error(got, expected) <= SAME
 
     def test_sowing_weights_is_refused(self, api: str) -> None:
         with pytest.raises(NotImplementedError, match="sow_weights must be False"):
@@ -134,6 +152,32 @@ def test_linen_decodes() -> None:
     assert relative_error(jnp.concatenate(outputs, axis=1), call(module(ridge_lambda=RIDGE), x)) <= SAME
 
 
+@pytest.mark.parametrize("bound", [{"local_window_size": 2}, {"query_seq_lengths": jnp.ones(2, int)}], ids=list)
+def test_what_needs_a_position_is_refused_where_flax_decodes(bound: Any) -> None:
+    """A token does not say where in the cache it is: at its end, by the alignment, it would see the wrong keys."""
+    x, message = inputs(2, 1, FEATURES), f"{next(iter(bound))} cannot be served with decode=True.*LLAttention"
+    layer = stock("nnx", **bound)
+    layer.init_cache((2, 7, FEATURES))
+    with pytest.raises(NotImplementedError, match=message):
+        layer(x, decode=True)
+    twin = nn.MultiHeadDotProductAttention(4, decode=True, attention_fn=attention_fn(**bound))
+    variables = jax.eval_shape(lambda: twin.init(jax.random.key(0), inputs(2, 7, FEATURES)))
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(lambda variables: twin.apply(variables, x, mutable=["cache"]), variables)
+
+
+def test_bound_arrays_under_strict_promotion() -> None:
+    q = inputs(2, 9, 4, 4, dtype=jnp.bfloat16)
+    function = attention_fn(
+        ridge_lambda=jnp.ones(4, jnp.bfloat16),
+        segment_ids=np.zeros((2, 9), np.uint8),
+        query_seq_lengths=np.full(2, 9, np.int16),
+        key_value_seq_lengths=jnp.full(2, 9, jnp.int32),
+    )
+    with jax.numpy_dtype_promotion("strict"):
+        assert jax.eval_shape(function, q, q, q).dtype == jnp.bfloat16
+
+
 def test_refusals() -> None:
     q = jnp.ones((2, 5, 4, 8), jnp.float32)
     function: Any = attention_fn()
@@ -156,6 +200,12 @@ def test_refusals() -> None:
         ({"implementation": "cuda"}, ValueError, r"implementation must be one of .* or None, got 'cuda'"),
         ({"cg_max_iters": 0}, ValueError, "cg_max_iters must be >= 1, got 0"),
         ({"is_causal": 1}, TypeError, "is_causal must be True or False, got 1"),
+        ({"local_window_size": (1, -1)}, ValueError, r"local_window_size must be >= 0, got \(1, -1\)"),
+        ({"local_window_size": 1.5}, TypeError, r"local_window_size must be an int or a pair .*, got 1.5"),
+        ({"segment_ids": 3}, TypeError, "segment_ids must be an integer array or a pair of them, got int"),
+        ({"segment_ids": [0, 0, 1]}, ValueError, r"segment_ids must be one array or a pair .*, got 3 of them"),
+        ({"query_seq_lengths": [3]}, TypeError, "query_seq_lengths must be an integer array, got list"),
+        ({"key_value_seq_lengths": np.ones(2)}, TypeError, "key_value_seq_lengths must be integers, got dtype float64"),
         ({"ridge": 1.0}, TypeError, "attention_fn has no argument ridge"),
     ],
     ids=str,
@@ -193,6 +243,12 @@ class TestIsAValue:
         assert attention_fn(ridge_lambda=ridge) == attention_fn(ridge_lambda=ridge)
         assert hash(attention_fn(ridge_lambda=ridge)) == hash(attention_fn(ridge_lambda=ridge))
         assert attention_fn(ridge_lambda=ridge) != attention_fn(ridge_lambda=jnp.ones(4))
+        ids, lengths = jnp.zeros((2, 9), int), np.full(2, 9)
+        pair = attention_fn(segment_ids=(ids, ids), key_value_seq_lengths=lengths)
+        assert pair == attention_fn(segment_ids=[ids, ids], key_value_seq_lengths=lengths)
+        assert hash(pair) == hash(attention_fn(segment_ids=[ids, ids], key_value_seq_lengths=lengths))
+        assert pair != attention_fn(segment_ids=(ids, ids + 0), key_value_seq_lengths=lengths)
+        assert pair != attention_fn(segment_ids=(ids, ids), key_value_seq_lengths=lengths.copy())
 
         @jax.jit
         def traced(ridge: jax.Array) -> jax.Array:
@@ -225,6 +281,12 @@ class TestIsAValue:
         for seed in range(2):
             apply(self.layer(seed), inputs())
         assert traces == 1
+
+
+def test_no_parameter_forbids_all_values() -> None:
+    """Runtime type checkers resolve the hints of each call, and ``Never`` lets nothing through."""
+    functions = (attention_fn, LLAttention.__init__, LLAttention.__call__, LinenLLAttention.__call__)
+    assert all(typing.Never not in typing.get_type_hints(function).values() for function in functions)
 
 
 def test_the_signature_names_all_that_flax_passes() -> None:

@@ -26,8 +26,9 @@ from tests.test_nn_modules import (
     inputs,
     linen_parameters,
     module,
-    quick_compilation,  # noqa: F401 (a fixture)
 )
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LENGTH, CAPACITY = 24, 29
 # A prompt of more tokens than the exact step takes, as many more of them, then one at a time.
@@ -281,7 +282,7 @@ class TestOnTwoDevices:
 
     @staticmethod
     def run(q: Any, k: Any, v: Any, keys: Any, values: Any) -> Any:
-        settings = core.Settings(None, 100.0, None, None, None, None, False, None, None)
+        settings = core.Settings(None, 100.0, None, None, None, None, False, None, None, None)
         o, cache = core.decode(
             settings,
             q,
@@ -333,6 +334,39 @@ class TestOnTwoDevices:
             second, _ = apply(state | new, place(x[:, 12:]))
         for outputs in (got, [first, second]):
             assert worst(jnp.concatenate([np.asarray(o) for o in outputs], axis=1), expected) <= BOUNDS["float32"]
+
+
+@pytest.mark.parametrize(("api", "masked"), [("nnx", False), ("linen", True)])
+def test_a_window(api: str, masked: bool) -> None:
+    """In every way through the cache: into an empty one, many tokens after others, and few; with a mask on top."""
+    kwargs: dict[str, Any] = {"rope": 100.0, "local_window_size": (4, 1)}
+    full, x, cuts = module(**kwargs), inputs(2, 22, FEATURES), (0, 10, 20, 22)
+    mask = jnp.ones((2, 1, 1, CAPACITY - 2), bool).at[1, ..., 2::3].set(False) if masked else None
+    if api == "nnx":
+        got = decode(module(**kwargs), x, cuts, mask=mask)
+    else:
+        twin = LinenLLAttention(4, decode=True, **kwargs)
+        shape = (2, CAPACITY - 2, 4, FEATURES // 4)
+        cache: Any = {name: jnp.full(shape, jnp.nan, jnp.float32) for name in ("cached_key", "cached_value")}
+        state: Any = {"params": linen_parameters(full), "cache": cache | {"cache_index": jnp.int32(0)}}
+        apply, outputs = jax.jit(partial(twin.apply, mutable=["cache"])), []
+        for a, b in itertools.pairwise(cuts):
+            o, new = apply(state, x[:, a:b], mask=mask)
+            state = state | new
+            outputs.append(o)
+        got = jnp.concatenate(outputs, axis=1)
+    expected = call(full, x, mask=None if mask is None else mask[..., :22])
+    assert worst(got, expected) <= BOUNDS["float32"]
+
+
+@pytest.mark.parametrize("tokens", [1, 10])
+def test_a_window_longer_than_any_cache(tokens: int) -> None:
+    layer = module(local_window_size=2**40, decode=True)
+    layer.init_cache((2, 12, FEATURES))
+    graph, state = nnx.split(layer)
+    x = inputs(2, tokens, FEATURES)
+    with jax.enable_x64(False):  # where a Python int that is too large for int32 is an error, and no small number
+        assert jax.eval_shape(lambda state, x: nnx.merge(graph, state)(x), state, x).shape == x.shape
 
 
 class TestOverrun:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,9 +14,12 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from flashlla_jax import LLAttention, lla_attention
+from flashlla_jax import LLAttention, default_implementation, lla_attention
 from flashlla_jax.nn.linen import LLAttention as LinenLLAttention
+from flashlla_jax.nn.rope import rotate
 from tests.cases import relative_error
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FEATURES = 16
 SAME = 1e-5  # float32: some roundings of another order
@@ -37,14 +39,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "qk_scale": 0.7,
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """The shapes are tiny, so that nearly all time goes into compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def inputs(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
@@ -217,6 +211,55 @@ def test_rope_sees_distances_only() -> None:
         layer(x, input_positions=positions[:5])
 
 
+def test_positions_of_any_real_type() -> None:
+    """NumPy's too; halves of a position are turned by half of the angle."""
+    layer, x = module(rope=100.0), inputs()
+    heads = inputs(2, 9, 4, 4)
+    expected = rotate(heads, jnp.arange(9), 100.0)
+    for dtype in ("uint8", "int64", "bfloat16", "float16", "float64"):
+        positions = np.arange(9).astype(dtype)
+        assert jax.eval_shape(lambda x, p=positions: layer(x, input_positions=p), x).shape == x.shape
+        np.testing.assert_array_equal(rotate(heads, positions, 100.0), expected)
+    halved = rotate(rotate(heads, np.arange(9) / 2, 100.0), np.arange(9) / 2, 100.0)
+    assert relative_error(halved, expected) <= SAME
+
+
+class TestStrictPromotion:
+    """Nothing of ours promotes by accident, whatever JAX is told of promotion (here and in conftest.py: nothing is).
+
+    Flax's own LayerNorm of 16-bit inputs does, so ``normalize_qk`` is not among these.
+    """
+
+    @pytest.mark.parametrize("rope", [None, 100.0])
+    @pytest.mark.parametrize("decode", [0, 1, 10], ids=lambda n: f"decode {n}" if n else "forward")
+    @pytest.mark.parametrize("api", ["nnx", "linen"])
+    def test_bfloat16_throughout(self, api: str, decode: int, rope: float | None) -> None:
+        """Forward, gradient of parameters and inputs, and steps of one and of many tokens, as shapes."""
+        kwargs: dict[str, Any] = {"learn_ridge": True, "param_dtype": jnp.bfloat16, "rope": rope}
+        x = inputs(2, decode or 9, FEATURES, dtype=jnp.bfloat16)
+        if api == "nnx":
+            layer = module(**kwargs, decode=bool(decode))
+            layer.init_cache((2, 12, FEATURES), jnp.bfloat16)
+            graph, parameters, cache = nnx.split(layer, nnx.Param, ...)
+            apply = lambda p, x: nnx.merge(graph, p, cache, copy=True)(x)  # noqa: E731
+        else:
+            twin = LinenLLAttention(4, **kwargs, decode=bool(decode))
+            full = inputs(2, 12, FEATURES, dtype=jnp.bfloat16)
+            variables = jax.eval_shape(lambda: twin.init(jax.random.key(0), full))
+            variables = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), variables)
+            parameters, cache = variables["params"], {name: x for name, x in variables.items() if name != "params"}
+            apply = lambda p, x: twin.apply({"params": p, **cache}, x, mutable=["cache"])[0]  # noqa: E731
+
+        def loss(parameters: Any, x: jax.Array) -> Any:
+            o = apply(parameters, x)
+            return jnp.sum(o.astype(jnp.float32)), o
+
+        with jax.numpy_dtype_promotion("strict"):
+            gradients, o = jax.eval_shape(jax.grad(loss, argnums=(0, 1), has_aux=True), parameters, x)
+        assert o.dtype == jnp.bfloat16
+        assert {a.dtype for a in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.bfloat16)}
+
+
 def test_is_causal_of_the_call() -> None:
     """It takes precedence over the constructor's, which it leaves alone."""
     layer, full, x = module(), module(is_causal=False), inputs()
@@ -317,6 +360,12 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"learn_ridge": 1}, TypeError, "learn_ridge must be True or False, got 1"),
     ({"rope": -1.0}, ValueError, "rope must be None or the base"),
     ({"rope": 100.0, "qkv_features": 12}, ValueError, "even head dimension, got 3"),
+    ({"local_window_size": -1}, ValueError, "local_window_size must be >= 0, got -1"),
+    (
+        {"local_window_size": (1, 2, 3)},
+        TypeError,
+        r"local_window_size must be an int or a pair \(left, right\) of ints",
+    ),
     ({"num_kv_heads": 3}, ValueError, "num_kv_heads|divisible"),
     ({"qkv_features": 18}, ValueError, "qkv_features|divisible"),
 ]
@@ -336,6 +385,15 @@ CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"inputs_k must be \[batch..., length, features\], got shape \(16,\)",
     ),
+]
+
+# What came, and what the error says of it; integers and real floating numbers are allowed.
+POSITIONS: list[tuple[Any, str]] = [
+    (list(range(9)), "got list"),
+    (0, "got int"),
+    (np.ones(9, complex), "got dtype complex128"),
+    (np.ones(9, bool), "got dtype bool"),
+    (np.asarray(list("positions")), "got dtype <U1"),
 ]
 
 
@@ -364,10 +422,28 @@ class TestRefusals:
         with pytest.raises(error, match=message):
             layer(inputs(), **kwargs)
 
-    def test_triton_refuses_a_mask(self, api: str) -> None:
+    @pytest.mark.skipif(default_implementation() == "triton", reason="Triton runs here")
+    def test_triton_needs_a_gpu(self, api: str) -> None:
+        """It takes Flax's masks, and refuses for what is missing."""
         layer = self.build(api, implementation="triton")
-        with pytest.raises(NotImplementedError, match='"triton" cannot serve this call: it takes no mask'):
-            layer(inputs(), mask=np.ones((9, 9), bool))
+        why = "it needs an NVIDIA GPU|jax-triton cannot be imported"
+        with pytest.raises(NotImplementedError, match=f'"triton" cannot serve this call: ({why})'):
+            layer(inputs(), mask=np.ones((9, 9), np.float32))
+
+    @pytest.mark.parametrize("decode", [False, True], ids=["forward", "decode"])
+    @pytest.mark.parametrize("rope", [None, 100.0])
+    def test_of_positions(self, api: str, rope: float | None, decode: bool) -> None:
+        layer = self.build(api, rope=rope, decode=decode)
+        if api == "nnx":
+            layer.init_cache((2, 9, FEATURES))
+        elif decode:
+            layer(inputs())  # which makes the cache
+        for positions, got in POSITIONS:
+            with pytest.raises(TypeError, match=f"input_positions must be .*integers or real floating numbers, {got}"):
+                layer(inputs(), input_positions=positions)
+        for positions in (np.ones(()), np.ones((3, 1, 9)), np.ones((2, 1))):
+            with pytest.raises(ValueError, match="input_positions"):
+                layer(inputs(), input_positions=positions)
 
 
 @pytest.mark.parametrize("ridge", [1, np.float32(1), np.int64(1)], ids=lambda ridge: type(ridge).__name__)

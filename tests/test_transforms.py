@@ -197,6 +197,91 @@ def test_forward_mode_is_refused_by_jax(mode: str) -> None:
         transformed(args)
 
 
+@pytest.mark.parametrize(
+    "hidden", [{}, {"local_window_size": 3, "cg_use_preconditioner": True}], ids=["plain", "window"]
+)
+def test_forward_over_reverse_is_the_references(hidden: dict[str, Any]) -> None:
+    """Hessian-vector products, in all four arguments, alone and mapped over directions."""
+    args = arguments()
+    rng = np.random.default_rng(3)
+    directions = tuple(jnp.asarray(rng.normal(size=(2, *x.shape))) for x in args)
+
+    def products(implementation: Any, **kwargs: Any) -> Any:
+        def curved(*args: jax.Array) -> jax.Array:
+            o = lla_attention(*args[:3], ridge_lambda=args[3], implementation=implementation, **hidden, **kwargs)
+            return jnp.sum(jnp.sin(o))
+
+        def push(direction: Any) -> Any:
+            return jax.jvp(jax.grad(curved, argnums=(0, 1, 2, 3)), args, direction)[1]
+
+        return jax.jit(jax.vmap(push))(directions)
+
+    # two solves one after the other, each to 1e-14
+    assert_same(products("xla", cg_rtol=1e-28), products("reference"), 1e-10)
+
+
+def test_reverse_over_reverse_is_refused_but_for_the_reference() -> None:
+    q, k, v, ridge = arguments(FLAT)
+
+    def slope(q: jax.Array, implementation: Any) -> jax.Array:
+        gradient = jax.grad(lambda q: jnp.sum(jnp.sin(attend(q, k, v, ridge, implementation))))(q)
+        return jnp.sum(jnp.square(gradient))
+
+    with pytest.raises(NotImplementedError, match=r"forward mode .* implementation='xla'"):
+        jax.grad(slope)(q, "xla")
+    assert bool(jnp.isfinite(jax.jit(jax.grad(slope), static_argnums=1)(q, "reference")).all())
+
+
+@both
+@pytest.mark.parametrize("name", ["left padding", "a length of 0", "window", "infinite ridge"])
+def test_finite_inside(name: str, implementation: Any) -> None:
+    """With JAX's checks for NaN and infinities on, calls that hide keys pass them, eager and with gradients."""
+    q, k, v, ridge = arguments()
+    length = k.shape[1]
+    ways: dict[str, dict[str, Any]] = {
+        "left padding": {"mask": (jnp.arange(length) >= 5)[None, None, None]},
+        "a length of 0": {"key_value_seq_lengths": jnp.asarray([0, length])},
+        "window": {"local_window_size": 2},
+        "infinite ridge": {"ridge_lambda": np.inf},
+    }
+    kwargs = {"ridge_lambda": ridge, "implementation": implementation, **ways[name]}
+    with jax.debug_nans(True), jax.debug_infs(True):
+        o, vjp = jax.vjp(lambda *qkv: lla_attention(*qkv, **kwargs), q, k, v)
+        vjp(o)
+
+
+@both
+def test_what_hides_all_of_an_entry_hides_its_nan(implementation: Any) -> None:
+    """A batch entry of length 0 that is all NaN, query too: zero, without a gradient, and the others as they were."""
+    q, k, v, ridge = arguments()
+    lengths = jnp.asarray([0, k.shape[1]])
+
+    @jax.jit
+    def run(*qkv: jax.Array) -> Any:
+        call = partial(lla_attention, key_value_seq_lengths=lengths, implementation=implementation)
+        o, vjp = jax.vjp(lambda *qkvr: call(*qkvr[:3], ridge_lambda=qkvr[3]), *qkv, ridge)
+        return o, *vjp(jnp.where(jnp.arange(2).reshape(2, 1, 1, 1) == 0, jnp.nan, o))
+
+    got = run(*(x.at[0].set(jnp.nan) for x in (q, k, v)))
+    for x, expected in zip(got, run(q, k, v), strict=True):
+        np.testing.assert_array_equal(x[0], jnp.zeros_like(x[0]))
+        np.testing.assert_array_equal(x[1], expected[1])
+
+
+@pytest.mark.parametrize("wide", ["query", "key", "value"])
+def test_numpy_float64_is_what_jax_makes_of_it(wide: str) -> None:
+    """x64 off: as under jit, where JAX has canonicalised it before the call."""
+    given: dict[str, Any] = {
+        name: np.asarray(x, np.float64 if name == wide else np.float32)
+        for name, x in zip(("query", "key", "value"), arguments(), strict=False)
+    }
+    with jax.enable_x64(False):
+        o = lla_attention(**given)
+        assert o.dtype == jnp.float32
+        expected = jax.jit(lla_attention)(**given)
+    np.testing.assert_array_equal(o, expected)
+
+
 @both
 @pytest.mark.parametrize("name", ["omega", "logsumexp", "residual_norm"])
 def test_residuals_are_constants(name: str, implementation: Any) -> None:

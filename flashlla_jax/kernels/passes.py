@@ -88,8 +88,8 @@ class _Problem(NamedTuple):
         _, _, _, heads, kv_heads, dim, value_dim = self.shape
         options, arithmetic, mask = self.options, self.plan.arithmetic, self.seen.mask
         solver = options.solver
-        # the key kernel and float32's have the fewer spills with one pipeline for both
-        few_edges = mask is None and rtol is not None and not arithmetic.upcast
+        # the key kernel has the fewer spills with one pipeline for both
+        few_edges = mask is None and rtol is not None
         axes = [False] * 4 if mask is None else [n > 1 for n in mask.shape]
         return Constants(
             HEADS=heads,

@@ -106,9 +106,12 @@ def _table(seen: Visibility, low: Array, whole: Array, whole_end: Array, high: A
 def _summary(
     seen: Visibility, keys: int, queries_per_tile: int, keys_per_tile: int
 ) -> tuple[Bool[Array, "B N I J"], Bool[Array, "B N I J"]]:
-    """For each pair of tiles: whether any query sees any key, and whether every query that sees a key sees all."""
+    """For each pair of tiles: whether any query sees any key, and whether every query that sees a key sees all.
+
+    A query whose interval is empty is no hindrance: the kernels know it. One that sees no key in this head only is.
+    """
     visible = dense(seen, keys)
-    blind = ~jnp.any(visible, axis=3, keepdims=True)
+    blind = (seen.start >= seen.end)[:, None, :, None]
     batch, heads, queries, _ = visible.shape
     pad = ((0, 0), (0, 0), (0, -queries % queries_per_tile), (0, -keys % keys_per_tile))
 

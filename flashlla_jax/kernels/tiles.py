@@ -147,14 +147,17 @@ def load_origin(origins, m0, batch, kv_head, T, c: tl.constexpr):
     The logits change by a constant per query and the regression not at all, but what a common offset of the keys would
     lose to rounding is kept. One origin serves an aligned block of 32 queries (``origin.py``), the same in all kernels,
     so that what one keeps another can use. bfloat16 keys stay as they are: their differences would have to be rounded.
+
+    It is the only row of a tile that is summed. Of so few numbers Triton would take a plain load as cheap, and repeat
+    it, and the subtraction from every tile of keys, in each layout that a product wants: more registers than there are,
+    and no pipeline. A sum it makes once.
     """
     origin = tl.zeros((c.DP,), tl.float32)
     if c.UPCAST:
         tl.static_assert(c.BM <= 32)
-        columns = tl.arange(0, c.DP)
         base = head_base(origins, batch, tl.cdiv(T, 32), kv_head, c.KV_HEADS, c.D)
         base += (m0 // 32).to(tl.int64) * c.KV_HEADS * c.D
-        origin = tl.load(base + columns, mask=columns < c.D, other=0.0)
+        origin = tl.sum(load_tile(base, 0, 1, c.D, c.D, 32, c.DP, True, True), 0)
     return origin
 
 

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Never
+from typing import Any
 
 import jax
 import numpy as np
 from flax.nnx.nn.dtypes import promote_dtype as promote
 from jaxtyping import Array, Float
 
+from flashlla_jax.arguments import check_integers
 from flashlla_jax.attention import Implementation, Ridge
 from flashlla_jax.nn import core
 
 
 def attention_fn(
-    *arrays: Never,
+    *arrays: Any,
     ridge_lambda: Ridge = 10.0,
     is_causal: bool = False,
+    local_window_size: int | tuple[int, int] | None = None,
+    segment_ids: core.Segments | None = None,
+    query_seq_lengths: core.Lengths | None = None,
+    key_value_seq_lengths: core.Lengths | None = None,
     qk_scale: float | None = None,
     cg_atol: float | None = None,
     cg_rtol: float | None = None,
     cg_max_iters: int | None = None,
     cg_use_preconditioner: bool = False,
     implementation: Implementation | None = None,
-    **others: Never,
+    **others: Any,
 ) -> AttentionFn:
     """A function for ``attention_fn=`` of ``nnx.MultiHeadAttention`` and of Linen's ``MultiHeadDotProductAttention``.
 
@@ -38,12 +43,22 @@ def attention_fn(
     refuses what Local Linear Attention has no counterpart of: a bias, dropout on the weights, sowing the weights. Two
     functions of the same settings are equal, an array being the same as itself only.
 
+    Flax's modules cannot pass segments and lengths on, so these are bound to the function, for calls of their shapes.
+    Arrays that differ from call to call need a function made in the traced call, with a Linen module around it; the
+    module's ``mask`` and :class:`flashlla_jax.LLAttention` have them as arguments of the call.
+
     Args:
         arrays: None; what a module passes where the parentheses were forgotten.
         ridge_lambda: The ridge, > 0, as in :func:`flashlla_jax.lla_attention`.
         is_causal: Whether attention is causal even where the module does not ask for it. Flax's modules are not causal
             by themselves, and so neither is this; a causal model that says so here rather than with a mask saves the
             (T, S) mask.
+        local_window_size: As in :func:`flashlla_jax.lla_attention`. Not with the modules' ``decode=True``, which does
+            not tell the function where the token is.
+        segment_ids: ``[batch..., length]`` integers for queries and keys, or a pair ``([batch..., T], [batch..., S])``,
+            as in :func:`flashlla_jax.lla_attention` but with the batch axes of the module's inputs.
+        query_seq_lengths: ``[batch...]`` integers. Not with ``decode=True`` either.
+        key_value_seq_lengths: ``[batch...]`` integers; with ``decode=True`` of the positions in the cache.
         qk_scale: As in :func:`flashlla_jax.lla_attention`.
         cg_atol: As in :func:`flashlla_jax.lla_attention`.
         cg_rtol: As in :func:`flashlla_jax.lla_attention`.
@@ -68,15 +83,32 @@ def attention_fn(
     if not isinstance(ridge_lambda, np.ndarray | jax.Array):
         ridge_lambda = core.check_ridge(ridge_lambda, None)
     return AttentionFn(
-        ridge_lambda,
-        is_causal,
-        qk_scale,
-        cg_atol,
-        cg_rtol,
-        cg_max_iters,
-        cg_use_preconditioner,
-        implementation,
+        ridge_lambda=ridge_lambda,
+        is_causal=is_causal,
+        local_window_size=core.check_local_window_size(local_window_size),
+        segment_ids=_check_segments(segment_ids),
+        query_seq_lengths=_check_bound("query_seq_lengths", query_seq_lengths, "an integer array"),
+        key_value_seq_lengths=_check_bound("key_value_seq_lengths", key_value_seq_lengths, "an integer array"),
+        qk_scale=qk_scale,
+        cg_atol=cg_atol,
+        cg_rtol=cg_rtol,
+        cg_max_iters=cg_max_iters,
+        cg_use_preconditioner=cg_use_preconditioner,
+        implementation=implementation,
     )
+
+
+def _check_bound(name: str, array: Any, allowed: str) -> Any:
+    return None if array is None else check_integers(name, array, allowed)
+
+
+def _check_segments(segment_ids: Any) -> Any:
+    name, allowed = "segment_ids", "an integer array or a pair of them"
+    if not isinstance(segment_ids, tuple | list):
+        return _check_bound(name, segment_ids, allowed)
+    if len(segment_ids) != 2:
+        raise ValueError(f"{name} must be one array or a pair (query, key), got {len(segment_ids)} of them")
+    return tuple(check_integers(name, ids, allowed) for ids in segment_ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +118,10 @@ class AttentionFn:
 
     ridge_lambda: Ridge
     is_causal: bool
+    local_window_size: tuple[int, int] | None
+    segment_ids: Any
+    query_seq_lengths: Any
+    key_value_seq_lengths: Any
     qk_scale: float | None
     cg_atol: float | None
     cg_rtol: float | None
@@ -95,9 +131,12 @@ class AttentionFn:
 
     def _key(self) -> tuple[Any, ...]:
         # an array has no hash, and its values may not be known: the object stands for it
-        ridge = self.ridge_lambda
-        ridge = ("array", id(ridge)) if isinstance(ridge, np.ndarray | jax.Array) else ridge
-        return tuple((vars(self) | {"ridge_lambda": ridge}).values())
+        def of(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(of, value))
+            return ("array", id(value)) if isinstance(value, np.ndarray | jax.Array) else value
+
+        return of(tuple(vars(self).values()))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AttentionFn) and self._key() == other._key()
@@ -131,7 +170,8 @@ class AttentionFn:
         """Attention as ``nnx.dot_product_attention`` and Linen's have it.
 
         Raises:
-            NotImplementedError: What Local Linear Attention has no counterpart of is asked for.
+            NotImplementedError: What Local Linear Attention has no counterpart of is asked for, or a window or query
+                lengths for one query and several keys, which is how Flax's modules decode.
         """
         if bias is not None:
             raise NotImplementedError("Local Linear Attention takes no bias; use mask to hide keys")
@@ -143,8 +183,16 @@ class AttentionFn:
         if not deterministic:
             core.check_dropout(dropout_rate)
         core.check_sow_weights(module is not None)
+        for name in ("local_window_size", "query_seq_lengths"):
+            if getattr(self, name) is not None and query.shape[-3] == 1 < key.shape[-3]:
+                raise NotImplementedError(
+                    f"{name} cannot be served with decode=True of Flax's own modules: they do not say at which "
+                    "position of the cache the token is. LLAttention(local_window_size=...) decodes"
+                )
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
-        if query.shape[-3] == 1:  # a decode step, where it sees the cache; it is at the end, causal or not
+        hiding = (self.segment_ids, self.query_seq_lengths, self.key_value_seq_lengths, self.local_window_size)
+        if query.shape[-3] == 1 and all(x is None for x in hiding):
+            # a decode step, where it sees the cache: its token is the last, causal or not
             exact = {name: getattr(self, name) for name in ("ridge_lambda", "qk_scale", "implementation")}
             return core.attend_one(query, key, value, mask=mask, precision=precision, **exact)
         options = vars(self) | {"is_causal": self.is_causal or is_causal}

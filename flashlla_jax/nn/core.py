@@ -1,4 +1,9 @@
-"""What the NNX and the Linen module share: everything between the projections."""
+"""From projected queries, keys and values to the heads' output: what the NNX and the Linen module have in common.
+
+A module makes its projections and parameters and hands them to ``forward``, or with a cache to ``decode``, with its
+``Settings``. Here they are promoted and rotated, batch axes are folded, and the operator or the decode step is called.
+The ``check_*`` functions refuse what neither module can serve, in the words of both.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +20,23 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from flashlla_jax.arguments import Implementation, check_count, check_flag, check_implementation, check_integers
+from flashlla_jax.arguments import (
+    Implementation,
+    check_count,
+    check_flag,
+    check_implementation,
+    check_integers,
+    check_window,
+)
 from flashlla_jax.attention import lla_attention
 from flashlla_jax.decode import lla_decode
 from flashlla_jax.decode_arguments import MOST_TOKENS
+from flashlla_jax.interface import accumulation_dtype
 from flashlla_jax.nn.rope import rotate
+
+Segments = Int[Array, "*batch L"] | tuple[Int[Array, "*batch T"], Int[Array, "*batch S"]]
+Lengths = Int[Array, "*batch"]
+Positions = Int[Array, "*#batch T"] | Float[Array, "*#batch T"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +46,7 @@ class Settings:
     Attributes:
         dtype: What query, key and value are promoted to; None to infer it from them.
         rope: Base of the rotary position embedding, or None for none.
+        local_window_size: (left, right), or None for no window.
     """
 
     dtype: Any
@@ -40,6 +58,7 @@ class Settings:
     cg_use_preconditioner: bool
     precision: Any
     implementation: Implementation | None
+    local_window_size: tuple[int, int] | None
 
     def check(self, head_dim: int) -> None:
         """Refuse, when a module is built, what would only fail in its first call."""
@@ -66,6 +85,10 @@ def check_operator(cg_max_iters: Any, implementation: Any) -> None:
     if cg_max_iters is not None:
         check_count("cg_max_iters", cg_max_iters)
     check_implementation(implementation)
+
+
+def check_local_window_size(window: Any) -> tuple[int, int] | None:
+    return None if window is None else check_window(window)
 
 
 def check_flags(**flags: Any) -> None:
@@ -108,6 +131,29 @@ def check_no_cache(**given: Any) -> None:
     for name, x in given.items():
         if x is not None:
             raise ValueError(f"{name} is for calls with a cache; without one use mask")
+
+
+def check_hiding_with_cache(**hiding: Any) -> None:
+    """Refuse what a call with a cache has no meaning for: its tokens continue one document, all of which is there."""
+    for name, given in hiding.items():
+        if given is not None:
+            raise NotImplementedError(
+                f"decode=True takes no {name}: the tokens continue what is in the cache. "
+                "Hide the cache's positions by mask, and give each document a batch entry of its own"
+            )
+
+
+def check_positions(positions: Any, rope: float | None) -> None:
+    """``input_positions``: None, or for ``rope`` an array of real numbers; its shape is checked where it is used."""
+    if positions is None:
+        return
+    allowed = "an array of integers or real floating numbers"
+    if not hasattr(positions, "shape") or not hasattr(positions, "dtype"):
+        raise TypeError(f"input_positions must be {allowed}, got {type(positions).__name__}")
+    if not any(jnp.issubdtype(positions.dtype, kind) for kind in (jnp.integer, jnp.floating)):
+        raise TypeError(f"input_positions must be {allowed}, got dtype {positions.dtype}")
+    if rope is None:
+        raise ValueError("input_positions are for the rotary embedding, and rope is None")
 
 
 def check_ridge(ridge_lambda: Any, ridge_floor: float | None) -> float:
@@ -155,7 +201,7 @@ def raw_ridge(ridge_lambda: float, ridge_floor: float) -> float:
 
 def learned_ridge(raw: Float[Array, " N"], ridge_floor: float) -> Float[Array, " N"]:
     """``ridge_floor + softplus(raw)``, in float32 at least: above the floor whatever an optimiser makes of ``raw``."""
-    raw = raw.astype(jnp.promote_types(raw.dtype, jnp.float32))
+    raw = raw.astype(accumulation_dtype(raw.dtype))
     return ridge_floor + jax.nn.softplus(raw)
 
 
@@ -165,6 +211,9 @@ def attend(
     value: Float[Array, "*batch S K Dv"],
     *,
     mask: Any = None,
+    segment_ids: Any = None,
+    query_seq_lengths: Any = None,
+    key_value_seq_lengths: Any = None,
     **options: Any,
 ) -> Float[Array, "*batch T N Dv"]:
     """``lla_attention`` in Flax's layout: any number of batch axes, and masks as Flax makes them.
@@ -174,6 +223,9 @@ def attend(
         key: The same batch axes as the query.
         value: The same batch axes as the query.
         mask: Broadcastable to ``[*batch, N, T, S]``; nonzero is visible.
+        segment_ids: ``[*batch, L]`` where T = S = L, or a pair of a ``[*batch, T]`` and a ``[*batch, S]`` array.
+        query_seq_lengths: ``[*batch]``.
+        key_value_seq_lengths: ``[*batch]``.
         options: The other arguments of ``lla_attention``.
     """
     batch = query.shape[:-3]
@@ -184,6 +236,12 @@ def attend(
         )
     if mask is not None:
         options["mask"] = _fold_mask(mask, (*batch, query.shape[-2], query.shape[-3], key.shape[-3]))
+    if segment_ids is not None:
+        options["segment_ids"] = _fold_segments(segment_ids, batch, query.shape[-3], key.shape[-3])
+    lengths = {"query_seq_lengths": query_seq_lengths, "key_value_seq_lengths": key_value_seq_lengths}
+    for name, given in lengths.items():
+        if given is not None:
+            options[name] = _fold_batch(name, given, batch)
     o = lla_attention(_fold(query), _fold(key), _fold(value), **options)
     return o.reshape(*batch, *o.shape[1:])
 
@@ -197,25 +255,25 @@ def forward(
     ridge_lambda: Any,
     is_causal: bool,
     mask: Any,
-    positions: Array | None,
+    positions: Positions | None,
+    **hiding: Any,
 ) -> Float[Array, "*batch T N D"]:
-    """Attention without a cache.
+    """Attention without a cache; ``hiding`` is the segments and lengths that ``attend`` takes.
 
     Positions for ``rope`` count from 0; with ``is_causal`` and more keys than queries the queries are the last ones, as
     they are in ``lla_attention``.
     """
     query, key, value = promote_dtype((query, key, value), dtype=settings.dtype)
     length, key_length = query.shape[-3], key.shape[-3]
-    if settings.rope is None:
-        _refuse_positions(positions)
-    elif positions is not None:
+    check_positions(positions, settings.rope)
+    if positions is not None:
         query, key = (_rotate(settings, x, positions) for x in (query, key))
-    else:
+    elif settings.rope is not None:
         first = key_length - length if is_causal else 0
         query = _rotate(settings, query, first + jnp.arange(length, dtype=jnp.int32))
         key = _rotate(settings, key, jnp.arange(key_length, dtype=jnp.int32))
     options = _operator_options(settings, ridge_lambda, is_causal=is_causal, implementation=settings.implementation)
-    return attend(query, key, value, mask=mask, **options)
+    return attend(query, key, value, mask=mask, **hiding, **options)
 
 
 def attend_one(
@@ -244,7 +302,7 @@ def decode(
     ridge_lambda: Any,
     is_causal: bool,
     mask: Any,
-    positions: Array | None,
+    positions: Positions | None,
     starts: Any = None,
     lengths: Any = None,
 ) -> tuple[Float[Array, "*batch T N D"], Cache]:
@@ -285,9 +343,8 @@ def decode(
     _check_room(cache, new, length)
 
     first = cache.filled
-    if settings.rope is None:
-        _refuse_positions(positions)
-    else:
+    check_positions(positions, settings.rope)
+    if settings.rope is not None:
         if positions is None:
             positions = first[..., None] + jnp.arange(length, dtype=jnp.int32).reshape((1,) * first.ndim + (length,))
         query, key = (_rotate(settings, x, positions) for x in (query, key))
@@ -396,7 +453,7 @@ def _few_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: An
         seen.first.reshape(-1) + length,
         starts=None if seen.starts is None else seen.starts.reshape(-1),
         mask=mask,
-        local_window_size=_window(settings),
+        local_window_size=settings.local_window_size,
         ridge_lambda=ridge_lambda,
         qk_scale=settings.qk_scale,
         precision=settings.precision,
@@ -416,7 +473,6 @@ def _many_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: A
         mask = begun if mask is None else mask & begun
     new = length if seen.lengths is None else seen.lengths
     options = _operator_options(settings, ridge_lambda, is_causal=True, implementation=settings.implementation)
-    options["local_window_size"] = _window(settings)
     o = lla_attention(
         _fold(query),
         *(_fold(x.astype(query.dtype)) for x in (cache.key, cache.value)),
@@ -429,28 +485,27 @@ def _many_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: A
     return o.reshape(query.shape)
 
 
-def _window(settings: Settings) -> Any:
-    return getattr(settings, "local_window_size", None)
-
-
 def _operator_options(settings: Settings, ridge_lambda: Any, **options: Any) -> dict[str, Any]:
-    names = ("qk_scale", "cg_atol", "cg_rtol", "cg_max_iters", "cg_use_preconditioner", "precision")
+    names = (
+        "qk_scale",
+        "cg_atol",
+        "cg_rtol",
+        "cg_max_iters",
+        "cg_use_preconditioner",
+        "precision",
+        "local_window_size",
+    )
     return {name: getattr(settings, name) for name in names} | {"ridge_lambda": ridge_lambda} | options
 
 
-def _refuse_positions(positions: Array | None) -> None:
-    if positions is not None:
-        raise ValueError("input_positions are for the rotary embedding, and rope is None")
-
-
-def _rotate(settings: Settings, x: Array, positions: Array) -> Array:
+def _rotate(settings: Settings, x: Array, positions: Positions) -> Array:
     assert settings.rope is not None
     expected = x.shape[:-2]
     try:
         fits = np.broadcast_shapes(positions.shape, expected) == expected
     except ValueError:
         fits = False
-    if not fits or positions.shape[-1] != x.shape[-3]:
+    if not fits or positions.shape[-1:] != (x.shape[-3],):
         raise ValueError(f"input_positions must broadcast to [batch..., length] = {expected}, got {positions.shape}")
     return rotate(x, positions, settings.rope)
 
@@ -458,6 +513,25 @@ def _rotate(settings: Settings, x: Array, positions: Array) -> Array:
 def _fold(x: Array) -> Array:
     """[*batch, L, H, D] -> (B, L, H, D)."""
     return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+
+
+def _fold_batch(name: str, x: Any, batch: tuple[int, ...], *length: int) -> Any:
+    """[*batch] -> (B,), or with a length [*batch, L] -> (B, L). NumPy's stay NumPy's, whose values are checked."""
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        return x  # refused by lla_attention
+    if x.shape != (*batch, *length):
+        axes = "[batch..., length]" if length else "[batch...]"
+        raise ValueError(f"{name} must have the shape {axes} = {(*batch, *length)}, got {x.shape}")
+    return x.reshape(math.prod(batch), *length)
+
+
+def _fold_segments(segment_ids: Any, batch: tuple[int, ...], queries: int, keys: int) -> Any:
+    name = "segment_ids"
+    if isinstance(segment_ids, tuple | list):
+        if len(segment_ids) != 2:
+            return segment_ids  # refused by lla_attention, and so is one array for two lengths
+        return tuple(_fold_batch(name, x, batch, n) for x, n in zip(segment_ids, (queries, keys), strict=True))
+    return _fold_batch(name, segment_ids, batch, queries) if queries == keys else segment_ids
 
 
 def _visible(mask: Any) -> Array:

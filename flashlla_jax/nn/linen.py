@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from flashlla_jax.attention import Implementation
 from flashlla_jax.nn import core
@@ -30,6 +30,7 @@ class LLAttention(nn.MultiHeadDotProductAttention):
     Attributes:
         num_kv_heads: Key/value heads, dividing ``num_heads``; None for ``num_heads``.
         is_causal: Whether a query sees only the keys up to its own position, aligned at the end.
+        local_window_size: As in :class:`flashlla_jax.LLAttention`; None for no window.
         ridge_lambda: The ridge, a number > 0; the initial value where it is learned.
         learn_ridge: Whether every head learns its ridge, ``ridge_floor + softplus(raw_ridge)``; the parameter
             ``raw_ridge``, ``(num_heads,)``, should be left out of weight decay.
@@ -46,6 +47,7 @@ class LLAttention(nn.MultiHeadDotProductAttention):
     attention_fn: Any = None
     num_kv_heads: int | None = None
     is_causal: bool = True
+    local_window_size: int | tuple[int, int] | None = None
     ridge_lambda: float = 10.0
     learn_ridge: bool = False
     ridge_floor: float = 0.01
@@ -69,9 +71,12 @@ class LLAttention(nn.MultiHeadDotProductAttention):
         deterministic: bool | None = None,
         dropout_rng: Array | None = None,
         sow_weights: bool = False,
-        input_positions: Int[Array, "*#batch T"] | None = None,
-        decode_starts: Int[Array, "*batch"] | None = None,
-        decode_lengths: Int[Array, "*batch"] | None = None,
+        input_positions: core.Positions | None = None,
+        segment_ids: core.Segments | None = None,
+        query_seq_lengths: core.Lengths | None = None,
+        key_value_seq_lengths: core.Lengths | None = None,
+        decode_starts: core.Lengths | None = None,
+        decode_lengths: core.Lengths | None = None,
     ) -> Float[Array, "*batch T out_features"]:
         """Attention of ``inputs_q`` to ``inputs_k``, with the call signature of ``nn.MultiHeadDotProductAttention``.
 
@@ -84,7 +89,10 @@ class LLAttention(nn.MultiHeadDotProductAttention):
             deterministic: Without effect, as in Flax without dropout.
             dropout_rng: Without effect, as in Flax without dropout.
             sow_weights: Must be False.
-            input_positions: As in :class:`flashlla_jax.LLAttention`.
+            input_positions: As in :class:`flashlla_jax.LLAttention`, and so are the following.
+            segment_ids: See :class:`flashlla_jax.LLAttention`. Not with ``decode=True``, as are the lengths.
+            query_seq_lengths: See :class:`flashlla_jax.LLAttention`.
+            key_value_seq_lengths: See :class:`flashlla_jax.LLAttention`.
             decode_starts: As in :class:`flashlla_jax.LLAttention`.
             decode_lengths: As in :class:`flashlla_jax.LLAttention`.
 
@@ -93,7 +101,7 @@ class LLAttention(nn.MultiHeadDotProductAttention):
 
         Raises:
             ValueError: A shape does not fit, a number is out of range, or the cache is overrun.
-            TypeError: The mask is not one, or the ridge is not a number.
+            TypeError: An array is not one or not of what it must be, the ridge is not a number, or the window not ints.
             NotImplementedError: What cannot be served is asked for.
         """
         core.check_dropout(self.dropout_rate)
@@ -122,6 +130,7 @@ class LLAttention(nn.MultiHeadDotProductAttention):
             cg_use_preconditioner=self.cg_use_preconditioner,
             precision=self.precision,
             implementation=self.implementation,
+            local_window_size=core.check_local_window_size(self.local_window_size),
         )
         settings.check(features // self.num_heads)
 
@@ -153,6 +162,13 @@ class LLAttention(nn.MultiHeadDotProductAttention):
             "mask": mask,
             "positions": input_positions,
         }
+        hiding = {
+            "segment_ids": segment_ids,
+            "query_seq_lengths": query_seq_lengths,
+            "key_value_seq_lengths": key_value_seq_lengths,
+        }
+        if self.decode:
+            core.check_hiding_with_cache(**hiding)
         # init makes the cache, as long as its inputs, and attends without it
         has_cache = self.has_variable("cache", "cached_key")
         variables = self._cache(key, value) if self.decode else ()
@@ -164,7 +180,7 @@ class LLAttention(nn.MultiHeadDotProductAttention):
                 variable.value = x
         else:
             core.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
-            o = core.forward(settings, query, key, value, **arguments)
+            o = core.forward(settings, query, key, value, **arguments, **hiding)
         return project(
             self.out_features or inputs_q.shape[-1],
             axis=(-2, -1),

@@ -12,7 +12,7 @@ from flax.nnx.module import first_from
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.nnx.nn.linear import default_kernel_init
 from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from flashlla_jax.attention import Implementation, lla_attention
 from flashlla_jax.nn import core
@@ -90,6 +90,7 @@ class LLAttention(nnx.MultiHeadAttention):
         query_ln_scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         key_ln_scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         is_causal: bool = True,
+        local_window_size: int | tuple[int, int] | None = None,
         ridge_lambda: float = 10.0,
         learn_ridge: bool = False,
         ridge_floor: float = 0.01,
@@ -141,6 +142,8 @@ class LLAttention(nnx.MultiHeadAttention):
             key_ln_scale_metadata: Metadata of the scale of ``key_ln``.
             is_causal: Whether a query sees only the keys up to its own position. With more keys than queries the two
                 are aligned at the end; more queries than keys need False.
+            local_window_size: ``(left, right)``, ints >= 0: a query at position i sees keys at positions from
+                ``i - left`` to ``i + right``, with a cache too. An int w is ``(w, w)``; None for no window.
             ridge_lambda: The ridge, a number > 0, in units of the squared key; the initial value where it is learned.
             learn_ridge: Whether every head learns its ridge, ``ridge_floor + softplus(raw_ridge)``.
             ridge_floor: What a learned ridge stays above, > 0 and < ``ridge_lambda``. 0.01 is the smallest ridge for
@@ -156,13 +159,14 @@ class LLAttention(nnx.MultiHeadAttention):
                 :func:`flashlla_jax.lla_decode`.
 
         Raises:
-            TypeError: ``ridge_lambda`` is not a number.
+            TypeError: ``ridge_lambda`` is not a number, or ``local_window_size`` not ints.
             ValueError: A number is out of range, or the heads do not divide the features.
             NotImplementedError: ``dropout_rate`` or ``attention_fn`` is given.
         """
         core.check_dropout(dropout_rate)
         core.check_attention_fn(attention_fn)
         core.check_flags(is_causal=is_causal, learn_ridge=learn_ridge)
+        window = core.check_local_window_size(local_window_size)
         ridge_lambda = core.check_ridge(ridge_lambda, ridge_floor if learn_ridge else None)
         super().__init__(
             num_heads,
@@ -218,6 +222,7 @@ class LLAttention(nnx.MultiHeadAttention):
             cg_use_preconditioner=cg_use_preconditioner,
             precision=precision,
             implementation=implementation,
+            local_window_size=window,
         )
         self.settings.check(self.head_dim)
 
@@ -242,9 +247,12 @@ class LLAttention(nnx.MultiHeadAttention):
         is_causal: bool | None = None,
         out_sharding: Any = None,
         qkv_sharding: Any = None,
-        input_positions: Int[Array, "*#batch T"] | None = None,
-        decode_starts: Int[Array, "*batch"] | None = None,
-        decode_lengths: Int[Array, "*batch"] | None = None,
+        input_positions: core.Positions | None = None,
+        segment_ids: core.Segments | None = None,
+        query_seq_lengths: core.Lengths | None = None,
+        key_value_seq_lengths: core.Lengths | None = None,
+        decode_starts: core.Lengths | None = None,
+        decode_lengths: core.Lengths | None = None,
     ) -> Float[Array, "*batch T out_features"]:
         """Attention of ``inputs_q`` to ``inputs_k``, with the call signature of ``flax.nnx.MultiHeadAttention``.
 
@@ -254,7 +262,7 @@ class LLAttention(nnx.MultiHeadAttention):
             inputs_v: What the values are made of; None for ``inputs_k``.
             mask: Which keys a query may see, on top of ``is_causal``: broadcastable to ``[batch..., num_heads, T, S]``,
                 boolean or, as Flax's mask makers return it, numbers of which nonzero means visible. With a cache S is
-                its capacity. A query that sees no key gets attention output zero. Needs the XLA path or the reference.
+                its capacity. A query that sees no key gets attention output zero.
             deterministic: Without effect, as in Flax without dropout.
             rngs: Without effect, as in Flax without dropout.
             sow_weights: Must be False.
@@ -265,7 +273,12 @@ class LLAttention(nnx.MultiHeadAttention):
             out_sharding: Sharding of the output, passed to ``out``.
             qkv_sharding: Sharding of queries, keys and values, passed to their projections.
             input_positions: Positions of queries and keys for ``rope``, broadcastable to ``[batch..., T]``; None to
-                count from 0, or from ``cache_index``.
+                count from 0, or from ``cache_index``. In a packed row let them start again in each document.
+            segment_ids: Documents packed into one row: integers, ``[batch..., length]`` for queries and keys, or a pair
+                ``([batch..., T], [batch..., S])``. A query sees the keys of its own segment. Not with a cache, as are
+                the lengths.
+            query_seq_lengths: ``[batch...]``, integers: the queries beyond are padding and get attention output zero.
+            key_value_seq_lengths: ``[batch...]``, integers: the keys beyond are padding, which no query sees.
             decode_starts: With ``decode``: for prompts that are padded on the left, the first position of each row;
                 what is before it is hidden. To be given with every call, with the tokens after the prompt too.
                 Positions for ``rope`` need no change: only their differences matter.
@@ -281,8 +294,9 @@ class LLAttention(nnx.MultiHeadAttention):
         Raises:
             ValueError: A shape does not fit; ``decode`` is given nowhere, its cache is missing or overrun, or it meets
                 ``is_causal=False``.
-            TypeError: The mask is not one.
-            NotImplementedError: ``sow_weights``, or the named implementation cannot serve this call.
+            TypeError: The mask, ``input_positions``, the segments or the lengths are not arrays of what they must be.
+            NotImplementedError: ``sow_weights``, segments or lengths with a cache, or the named implementation cannot
+                serve this call.
         """
         core.check_dropout(self.dropout_rate)  # which set_attributes may have changed
         core.check_sow_weights(sow_weights)
@@ -296,6 +310,13 @@ class LLAttention(nnx.MultiHeadAttention):
         decode = first_from(
             decode, self.decode, error_msg="decode must be given, True or False, to LLAttention or to its call"
         )
+        hiding = {
+            "segment_ids": segment_ids,
+            "query_seq_lengths": query_seq_lengths,
+            "key_value_seq_lengths": key_value_seq_lengths,
+        }
+        if decode:
+            core.check_hiding_with_cache(**hiding)
 
         query = self.query(inputs_q, out_sharding=qkv_sharding)
         key = self.key(inputs_k, out_sharding=qkv_sharding)
@@ -311,7 +332,7 @@ class LLAttention(nnx.MultiHeadAttention):
         }
         if not decode:
             core.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
-            o = core.forward(self.settings, query, key, value, **arguments)
+            o = core.forward(self.settings, query, key, value, **arguments, **hiding)
         else:
             if self.cached_key is None or self.cached_value is None or self.cache_index is None:
                 raise ValueError("decode=True needs a cache: call init_cache first")

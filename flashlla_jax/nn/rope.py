@@ -9,7 +9,7 @@ from flashlla_jax.interface import accumulation_dtype
 
 
 def rotate(
-    x: Float[Array, "*batch L H D"], positions: Int[Array, "*#batch L"], base: float
+    x: Float[Array, "*batch L H D"], positions: Int[Array, "*#batch L"] | Float[Array, "*#batch L"], base: float
 ) -> Float[Array, "*batch L H D"]:
     """Feature pair (i, i + D/2) of the token at position t, turned by the angle ``t base^(-2 i / D)``.
 

@@ -27,7 +27,19 @@ from flashlla_jax import lla_attention
 from flashlla_jax.kernels import launch as launching
 from flashlla_jax.kernels import plan as planning
 from flashlla_jax.kernels.plan import Launch
-from tests.cases import GRADIENTS, KINDS, Inputs, Shape, draw, evaluate, outputs_and_gradients, relative_error, truth
+from tests.cases import (
+    GRADIENTS,
+    HIDDEN,
+    KINDS,
+    Hidden,
+    Inputs,
+    Shape,
+    draw,
+    evaluate,
+    outputs_and_gradients,
+    relative_error,
+    truth,
+)
 from tests.implementation_tests import ImplementationTests
 from tests.interpreted import harness
 
@@ -122,6 +134,18 @@ class TestKernels(ImplementationTests):
     ridges = (10.0, 0.01)
     length = 120
     tiles = TILES
+    # half a minute each: those that differ in what the kernels do
+    hidden = (
+        "window of both sides",
+        "packed, more keys",
+        "interleaved, more queries",
+        "key lengths 0 and 1",
+        "in the middle",
+        "an offset for each",
+        "mask",
+        "mask of the queries",
+        "all at once, scattered",
+    )
     kind_shapes = (
         Shape(1, 50, 50, 2, 1, 16, 16),
         Shape(1, 33, 40, 1, 1, 24, 40, is_causal=False),
@@ -139,6 +163,11 @@ class TestKernels(ImplementationTests):
         Shape(batch=3, queries=5, keys=66, heads=2, kv_heads=2, dim=48, value_dim=24, is_causal=False),
         Shape(queries=1, keys=1, dim=1, value_dim=1, is_causal=False),
     )
+
+    def hidden_case(self, name: str) -> Hidden:
+        """With two heads at most: the interpreter's time goes by heads."""
+        case = HIDDEN[name]
+        return dataclasses.replace(case, shape=dataclasses.replace(case.shape, heads=2, kv_heads=1))
 
     def options(self, dtype: str) -> dict[str, Any]:
         return {"precision": "highest"}
@@ -268,7 +297,9 @@ class TestTransforms:
         got = jax.jit(jax.grad(loss))(inputs.q)
         for i in range(3):
             dq = self.gradients(*(x[i] for x in (inputs.q, inputs.k, inputs.v, lam, inputs.g)))[1]
-            np.testing.assert_array_equal(got[i], dq)
+            # the keys' origin is a sum that XLA, outside of the kernels, may add up in another order in the loop: what
+            # is promised of float32
+            assert relative_error(got[i], dq) <= 2e-5
 
 
 # A product's operands are rounded to 11 bits (2.8e-4 each, norm-wise) and so is the result; a gradient sums seven.
