@@ -111,8 +111,8 @@ def solve(
         unit = jnp.where(eye.astype(bool), 1, covariance * scale[..., :, None] * scale[..., None, :])
         factor = jnp.linalg.cholesky(unit + rounding * eye)
         m = scale * m
-        x = jnp.zeros_like(m)
-        for _ in range(3):
+        x = jax.scipy.linalg.cho_solve((factor, True), m[..., None])[..., 0]
+        for _ in range(2):
             defect = m - jnp.einsum("...de,...e->...d", unit, x, precision="highest")
             x = x + jax.scipy.linalg.cho_solve((factor, True), defect[..., None])[..., 0]
         return scale * x
@@ -239,4 +239,10 @@ def _load_block(
         jnp.moveaxis(lax.dynamic_slice_in_dim(x, start, block, axis=1).astype(q.dtype), 1, 2) for x in (key, value)
     )
     kv = jnp.concatenate([keys - origin[:, :, None], values], axis=-1)
-    return visible, jnp.where(jnp.any(visible, axis=2)[..., None], kv, 0)
+    if seen.mask is None:  # the union of the tokens' intervals, without a search
+        begin = jnp.min(jnp.where(seen.start < seen.end, seen.start, key.shape[1]), axis=1)[:, None]
+        some = (begin <= columns[0]) & (columns[0] < jnp.max(seen.end, axis=1)[:, None])
+        some = some[:, None]
+    else:
+        some = jnp.any(visible, axis=2)
+    return visible, jnp.where(some[..., None], kv, 0)
