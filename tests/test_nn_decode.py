@@ -181,6 +181,8 @@ class TestPromptsOfTwoLengths:
         layer.init_cache((2, max(PROMPTS) + AFTER, FEATURES))
         lengths = jnp.asarray(PROMPTS, jnp.int32)
         o = step(layer, prompts, decode_lengths=lengths)
+        assert layer.cached_key is not None
+        assert bool(jnp.isfinite(layer.cached_key[...]).all())  # the padding, NaN, was not written
         outputs = [jnp.stack([o[b, n - 1 : n] for b, n in enumerate(PROMPTS)])]
         outputs += [step(layer, after[:, i : i + 1]) for i in range(AFTER)]
         check_rows(outputs, expected)

@@ -83,7 +83,11 @@ def product(a, b, acc, c: tl.constexpr):
 def moments_kernel(
     q, k, v, start_ptr, end_ptr, first_ptr, mask_ptr, T, S, tops, omegas, means, moments, c: tl.constexpr
 ):
-    """One row, one split, BD features. Grid: the chunks of features, then the rows, then the splits."""
+    """One row, one split, BD features.
+
+    Programs that follow each other read the same keys: the chunks of features of a split, the splits of a row, and the
+    rows of a group, whose programs are mostly on the GPU at once, so that the cache comes from memory once.
+    """
     CHUNKS: tl.constexpr = c.DP // c.BD
     chunk = tl.program_id(0) % CHUNKS
     number = tl.program_id(0) // CHUNKS // c.SPLITS
