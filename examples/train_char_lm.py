@@ -3,7 +3,7 @@
     python examples/train_char_lm.py                                        # LLA, minutes on two CPU cores
     python examples/train_char_lm.py --attention both                       # and softmax attention, same budget
     python examples/train_char_lm.py --attention both --preset h200
-    python examples/train_char_lm.py --generate "def main("                 # sample from the checkpoint
+    python examples/train_char_lm.py --generate "def main(" "import "       # sample from the checkpoint
 
 A decoder-only transformer (pre-norm, rotary positions, AdamW with warm-up and cosine decay) whose attention alone
 differs. Training writes checkpoints: stop it with Ctrl-C or kill it, give the same command again, and it goes on to the
@@ -118,8 +118,8 @@ class CharLM(nnx.Module):
         )
         self.head = nnx.Linear(config.features, VOCABULARY, use_bias=False, rngs=rngs)  # logits in float32
 
-    def __call__(self, tokens: Array, decode: bool = False) -> Array:
-        return self.head(self.transformer(self.embed(tokens), decode=decode))
+    def __call__(self, tokens: Array, decode: bool = False, starts: Array | None = None) -> Array:
+        return self.head(self.transformer(self.embed(tokens), decode=decode, starts=starts))
 
     def solver_steps(self, tokens: Array) -> Array:
         return self.transformer.solver_steps(self.embed(tokens))
@@ -323,32 +323,62 @@ def plot(results: Sequence[Result], bigram: float) -> Figure:
 GREEDY = float(np.finfo(np.float32).tiny)
 
 
-def generate(config: Config, params: Any, prompt: bytes, length: int, temperature: float, seed: int) -> bytes:
-    """Samples ``length`` bytes after the prompt through the decode cache, the prompt in one call.
+def generate(
+    config: Config,
+    params: Any,
+    prompts: Sequence[bytes],
+    length: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    top_k: int | None = None,
+) -> tuple[list[bytes], float]:
+    """Samples ``length`` bytes after each prompt, all at once through the decode cache; the prompts in one call.
 
-    A temperature below ``GREEDY`` takes the likeliest byte. Beyond the length that the model was trained with, quality
-    falls.
+    A temperature below ``GREEDY`` takes the likeliest byte; ``top_k`` leaves the likeliest that many to be drawn from.
+    Beyond the length that the model was trained with, quality falls.
+
+    Returns:
+        What follows each prompt, and the bytes sampled a second over all of them, NaN where all calls compiled.
     """
-    tokens = np.frombuffer(bytes([END]) + prompt, np.uint8).astype(np.int32)[None]
+    tokens, starts = _padded(prompts)
     model = nnx.eval_shape(lambda: CharLM(config, rngs=nnx.Rngs(0)))
-    model.transformer.init_cache(1, tokens.shape[1] + length)
+    model.transformer.init_cache(len(prompts), tokens.shape[1] + length)
     graph, _, cache = nnx.split(model, nnx.Param, nnx.Cache)
 
     @jax.jit
     def feed(params: Any, cache: Any, tokens: Array, key: Array) -> tuple[Array, Any]:
         model = nnx.merge(graph, params, cache)
-        logits = model(tokens, decode=True)[:, -1]
-        if temperature < GREEDY:
-            token = logits.argmax(-1)
-        else:  # the greatest at 0, so that a low temperature gives no infinity but for what is never drawn
-            token = jax.random.categorical(key, (logits - logits.max(-1, keepdims=True)) / temperature)
-        return token[:, None], nnx.state(model, nnx.Cache)
+        logits = model(tokens, decode=True, starts=jnp.asarray(starts))[:, -1]
+        return sample(logits, temperature, top_k, key)[:, None], nnx.state(model, nnx.Cache)
 
     key, sampled, token = jax.random.key(seed), [], jnp.asarray(tokens)
+    begin = math.nan
     for i in tqdm(range(length), desc="sampling", unit="byte", leave=False):
         token, cache = feed(params, cache, token, jax.random.fold_in(key, i))
-        sampled.append(int(token[0, 0]))
-    return bytes(sampled)
+        sampled.append(np.asarray(token[:, 0]))
+        if i == 1:  # the prompts' call and the first of one byte compile
+            begin = time.perf_counter()
+    rate = len(prompts) * (length - 2) / (time.perf_counter() - begin) if length > 2 else math.nan
+    return [bytes(row) for row in np.stack(sampled, axis=1).astype(np.uint8)], rate
+
+
+def _padded(prompts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts after the byte that ends a file, in one array that is padded on the left, and where each begins."""
+    longest = max(map(len, prompts))
+    rows = [bytes([END]) * (longest - len(prompt) + 1) + prompt for prompt in prompts]
+    starts = np.array([longest - len(prompt) for prompt in prompts], np.int32)
+    return np.stack([np.frombuffer(row, np.uint8).astype(np.int32) for row in rows]), starts
+
+
+def sample(logits: Array, temperature: float, top_k: int | None, key: Array) -> Array:
+    """``(B, 256)`` -> ``(B,)``."""
+    if temperature < GREEDY:
+        return logits.argmax(-1)
+    if top_k is not None:
+        least = jax.lax.top_k(logits, min(top_k, VOCABULARY))[0][:, -1:]
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    # the greatest at 0, so that a low temperature gives no infinity but for what is never drawn
+    return jax.random.categorical(key, (logits - logits.max(-1, keepdims=True)) / temperature)
 
 
 # ---- the command
@@ -379,8 +409,11 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--weight-decay", type=number(float, 0))
     size.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--generate", metavar="PROMPT", help="sample from the checkpoint instead of training")
-    sampling.add_argument("--length", type=positive, default=400, help="bytes to sample; default: %(default)s")
+    sampling.add_argument(
+        "--generate", metavar="PROMPT", nargs="+", help="sample from the checkpoint instead of training, all at once"
+    )
+    sampling.add_argument("--length", type=positive, default=400, help="bytes to sample each; default: %(default)s")
+    sampling.add_argument("--top-k", type=positive, help="draw from the likeliest that many bytes; default: all")
     sampling.add_argument(
         "--temperature",
         type=number(float, 0),
@@ -411,10 +444,12 @@ def _sample_from(args: argparse.Namespace, checkpoints: Checkpoints) -> None:
             flag = name.replace("_", "-")
             raise RunError(f"argument --{flag}: {given}, but the checkpoint has {getattr(config, name)}; leave it out")
     params = checkpoints.params(latest, abstract_model(config)[1])
-    prompt = os.fsencode(args.generate)  # as it was typed: it may be no UTF-8
-    sampled = generate(config, params, prompt, args.length, args.temperature, args.seed)
+    prompts = [os.fsencode(prompt) for prompt in args.generate]  # as they were typed: they may be no UTF-8
+    sampled, rate = generate(config, params, prompts, args.length, args.temperature, args.seed, args.top_k)
     print(f"---- {TITLES[config.attention]} after {latest} steps")
-    print((prompt + sampled.replace(bytes([END]), b"\n[end of file]\n")).decode(errors="replace"))
+    texts = (p + s.replace(bytes([END]), b"\n[end of file]\n") for p, s in zip(prompts, sampled, strict=True))
+    print("\n----\n".join(text.decode(errors="replace") for text in texts))
+    print(f"{rate:,.0f} tokens/s", file=sys.stderr)  # apart from what a seed repeats
 
 
 def _sizes(args: argparse.Namespace) -> dict[str, Any]:

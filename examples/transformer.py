@@ -81,19 +81,22 @@ class SoftmaxAttention(nnx.Module):
         self.cached_value = nnx.Cache(jnp.zeros(shape, dtype))
         self.cache_index = nnx.Cache(jnp.zeros((), jnp.int32))
 
-    def __call__(self, x: Array, decode: bool = False) -> Array:
-        """``(B, T, features)`` to the same; with ``decode`` the T tokens follow those in the cache."""
+    def __call__(self, x: Array, decode: bool = False, decode_starts: Array | None = None) -> Array:
+        """``(B, T, features)`` to the same; with ``decode`` the T tokens follow those in the cache.
+
+        ``decode_starts`` ``(B,)`` is where each row begins: what is before it is padding.
+        """
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.query_ln is not None and self.key_ln is not None:
             q, k = self.query_ln(q), self.key_ln(k)
         if decode:
-            return self.out(self._decode(q, k, v))
+            return self.out(self._decode(q, k, v, decode_starts))
         if self.rope:
             positions = jnp.arange(x.shape[1])
             q, k = rotate(q, positions, ROPE_BASE), rotate(k, positions, ROPE_BASE)
         return self.out(self.attend(q, k, v))
 
-    def _decode(self, q: Array, k: Array, v: Array) -> Array:
+    def _decode(self, q: Array, k: Array, v: Array, starts: Array | None) -> Array:
         keys, values, index = self.cached_key, self.cached_value, self.cache_index
         if keys is None or values is None or index is None:
             raise ValueError("decode=True needs a cache: call init_cache first")
@@ -104,9 +107,11 @@ class SoftmaxAttention(nnx.Module):
         keys[...] = jax.lax.dynamic_update_slice(keys[...], k.astype(keys.dtype), (0, start, 0, 0))
         values[...] = jax.lax.dynamic_update_slice(values[...], v.astype(values.dtype), (0, start, 0, 0))
         index[...] = start + q.shape[1]
-        visible = jnp.arange(keys.shape[1]) <= positions[:, None]
+        visible = (jnp.arange(keys.shape[1]) <= positions[:, None])[None, None]
+        if starts is not None:
+            visible = visible & (jnp.arange(keys.shape[1]) >= starts[:, None, None, None])
         k, v = keys[...].astype(q.dtype), values[...].astype(q.dtype)
-        return jax.nn.dot_product_attention(q, k, v, mask=visible[None, None])
+        return jax.nn.dot_product_attention(q, k, v, mask=visible)
 
     def attend(self, q: Array, k: Array, v: Array) -> Array:
         """``(B, T, N, H)``, each, to the same."""
@@ -180,8 +185,8 @@ class Block(nnx.Module):
         self.mlp_norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs) if mlp else nnx.data(None)
         self.mlp = MLP(features, dtype=dtype, rngs=rngs) if mlp else nnx.data(None)
 
-    def __call__(self, x: Array, decode: bool = False) -> Array:
-        x = x + self.attention(self.attention_norm(x), decode=decode)
+    def __call__(self, x: Array, decode: bool = False, starts: Array | None = None) -> Array:
+        x = x + self.attention(self.attention_norm(x), decode=decode, decode_starts=starts)
         if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.mlp(self.mlp_norm(x))
         return x
@@ -228,9 +233,9 @@ class Transformer(nnx.Module):
         self.blocks = nnx.List([Block(attention, features, num_heads, **shared) for _ in range(num_layers)])
         self.norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array, decode: bool = False) -> Array:
+    def __call__(self, x: Array, decode: bool = False, starts: Array | None = None) -> Array:
         for block in self.blocks:
-            x = block(x, decode=decode)
+            x = block(x, decode=decode, starts=starts)
         return self.norm(x)
 
     def solver_steps(self, x: Array) -> Array:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from flashlla_jax.attention import default_implementation, lla_attention, lla_attention_and_omega
+from flashlla_jax.decode import lla_decode
 from flashlla_jax.interface import Residuals
 
 if TYPE_CHECKING:
@@ -10,7 +11,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["LLAttention", "Residuals", "default_implementation", "lla_attention", "lla_attention_and_omega"]
+__all__ = [
+    "LLAttention",
+    "Residuals",
+    "default_implementation",
+    "lla_attention",
+    "lla_attention_and_omega",
+    "lla_decode",
+]
 
 
 def __getattr__(name: str) -> Any:

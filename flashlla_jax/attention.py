@@ -219,7 +219,7 @@ def lla_attention(
     options = check_options(
         query, qk_scale, delta_eps, cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, precision
     )
-    chosen = _choose(implementation, query, value)
+    chosen = choose("lla_attention", implementation, planning.refusal(query, value))
     o, residuals = _run(*_static_and_arrays(hiding, options, chosen), query, key, value, ridge_lambda)
     if not return_residuals:
         return o
@@ -348,12 +348,14 @@ def _beside_nvidia_gpu() -> bool:
     return device.platform == "gpu" and "NVIDIA" in device.device_kind.upper()
 
 
-def _choose(name: Implementation | None, query: Array, value: Array) -> Implementation | None:
-    """The implementation of this call; None for Triton on CUDA and XLA elsewhere, chosen when it is lowered."""
+def choose(function: str, name: Implementation | None, refusal: str | None) -> Implementation | None:
+    """The implementation of this call; None for Triton on CUDA and XLA elsewhere, chosen when it is lowered.
+
+    ``refusal`` is why the kernels cannot serve the call on any machine, or None.
+    """
     check_implementation(name)
     if name == "xla" or name == "reference":
         return name
-    refusal = planning.refusal(query, value)
     reason = refusal or _no_triton()
     if not reason:
         return name
@@ -365,7 +367,7 @@ def _choose(name: Implementation | None, query: Array, value: Array) -> Implemen
     if _beside_nvidia_gpu():
         remedy = "Pass arrays that it takes" if refusal else "Install a jax-triton that fits this JAX"
         warnings.warn(
-            f"lla_attention falls back to XLA, many times slower than Triton on this GPU: for Triton, {reason}. "
+            f"{function} falls back to XLA, many times slower than Triton on this GPU: for Triton, {reason}. "
             f'{remedy}; where XLA is meant, implementation="xla" says so',
             stacklevel=_frames_to_caller(),
         )

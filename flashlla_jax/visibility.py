@@ -143,7 +143,7 @@ def _made(
         start, end, ids = _within_segments(start, end, segment_ids, key_mask)
     seen = Visibility(start, end, *ids, mask, *flags)
     if mask is not None:
-        start, end = _first_and_last(jnp.any(dense(seen, keys), axis=1))
+        start, end = first_and_last(jnp.any(dense(seen, keys), axis=1))
         seen = Visibility(start, end, *ids, mask, *flags)
     return seen
 
@@ -163,7 +163,7 @@ def _without_empty(start: Array, end: Array) -> tuple[Array, Array]:
     return jnp.where(empty, 0, start), jnp.where(empty, 0, end)
 
 
-def _first_and_last(seen: Array) -> tuple[Array, Array]:
+def first_and_last(seen: Array) -> tuple[Array, Array]:
     """(B, T, S) -> the tightest intervals, (B, T)."""
     some = jnp.any(seen, axis=-1)
     start = jnp.argmax(seen, axis=-1).astype(jnp.int32)

@@ -155,14 +155,19 @@ def prepare() -> None:
 
 
 def compile_entry(entry: Entry) -> Report:
+    calls = launches(entry.capability, entry.dtype, entry.dim, entry.precision, entry.hidden)
+    return compile_call(*calls[entry.kernel], entry.capability)
+
+
+def compile_call(kernel: Any, arrays: Any, out_shapes: Any, shape: Any, constants: Any, capability: int) -> Report:
+    """What ``launch.call`` of these would launch."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
-    calls = launches(entry.capability, entry.dtype, entry.dim, entry.precision, entry.hidden)
-    kernel, arrays, out_shapes, shape, constants = calls[entry.kernel]
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "int8": "i8"}
+    short |= {"float8_e4m3fn": "fp8e4nv", "float8_e5m2": "fp8e5"}
     types = [f"*{short[jnp.dtype(x.dtype).name]}" for x in (*arrays, *out_shapes)]
     types[len(arrays) : len(arrays)] = ["i32", "i32"]  # the lengths
     names = kernel.arg_names
@@ -170,23 +175,28 @@ def compile_entry(entry: Entry) -> Report:
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     compiled = compile(
         ASTSource(kernel, signature, {(len(names) - 1,): launch.as_constexpr(constants)}, aligned),
-        target=GPUTarget("cuda", entry.capability, 32),
+        target=GPUTarget("cuda", capability, 32),
         options={"num_warps": shape.num_warps, "num_stages": shape.num_stages},
     )
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(compiled.asm["ptx"])
-        target = f"sm_{entry.capability}{'a' if entry.capability >= 90 else ''}"
-        command = [get_ptxas(entry.capability).path, "-v", f"--gpu-name={target}", str(ptx), "-o", f"{folder}/kernel.o"]
+        target = f"sm_{capability}{'a' if capability >= 90 else ''}"
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target}", str(ptx), "-o", f"{folder}/kernel.o"]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
     log = run.stdout + run.stderr
     if run.returncode:
-        raise RuntimeError(f"the assembler failed on {entry}:\n{log}")
+        raise RuntimeError(f"the assembler failed on {kernel.__name__}, {constants}:\n{log}")
     registers = re.search(r"Used (\d+) registers", log)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert registers, log
     assert spills, log
     return Report(int(registers[1]), int(spills[1]), int(spills[2]), compiled.metadata.shared, log)
+
+
+def workers() -> ProcessPoolExecutor:
+    """Two processes that are started anew: a fork of one with JAX's threads may hang."""
+    return ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), prepare)
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +205,7 @@ def report(request: pytest.FixtureRequest) -> Iterator[Callable[[Entry], Report]
     items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
     params = [item.callspec.params for item in items if hasattr(item, "callspec")]
     entries = dict.fromkeys(p["entry"] for p in params if "entry" in p)
-    # processes that are started anew: a fork of one with JAX's threads may hang
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), prepare) as pool:
+    with workers() as pool:
         futures = {entry: pool.submit(compile_entry, entry) for entry in entries}
         try:
             yield lambda entry: futures[entry].result()

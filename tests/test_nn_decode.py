@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from flashlla_jax import LLAttention, lla_attention
-from flashlla_jax.nn import decode as decode_module
-from flashlla_jax.nn.decode import decode_step
+from flashlla_jax import LLAttention
+from flashlla_jax.nn import core
 from flashlla_jax.nn.linen import LLAttention as LinenLLAttention
-from tests.cases import KINDS, Shape, draw, relative_error
+from tests.cases import relative_error
 from tests.test_nn_modules import (
     FEATURES,
     VARIANTS,
@@ -134,21 +135,205 @@ def test_any_number_of_batch_axes() -> None:
     assert worst(got, call(layer, x)) <= BOUNDS["float32"]
 
 
-def test_padded_prompts() -> None:
-    """A batch of prompts of two lengths, padded on the left: a mask and positions make each what it is alone."""
-    layer, pad = module(rope=100.0), 4
-    x = inputs(2, LENGTH, FEATURES)
-    poisoned = x.at[1, :pad].set(jnp.nan)
-    mask = jnp.ones((2, 1, 1, CAPACITY), bool).at[1, ..., :pad].set(False)
-    positions = jnp.stack([jnp.arange(LENGTH), jnp.maximum(jnp.arange(LENGTH) - pad, 0)])
-    layer.init_cache((2, CAPACITY, FEATURES))
-    outputs = [
-        step(layer, poisoned[:, a:b], mask=mask, input_positions=positions[:, a:b])
-        for a, b in itertools.pairwise(PORTIONS)
-    ]
+# Two prompts of a batch, and the tokens after each.
+PROMPTS, AFTER = (13, 9), 4
+
+
+def alone(layer: LLAttention, x: jax.Array) -> list[jax.Array]:
+    """What each row gives at the last position of its prompt and at those after it, from the full forward."""
+    return [call(layer, x[b : b + 1, : prompt + AFTER])[0, prompt - 1 :] for b, prompt in enumerate(PROMPTS)]
+
+
+def padded(x: jax.Array, left: bool) -> tuple[jax.Array, jax.Array]:
+    """The prompts in one array, NaN where padded, and the tokens after them, ``(2, AFTER, features)``."""
+    longest, rows = max(PROMPTS), []
+    for b, prompt in enumerate(PROMPTS):
+        pad = (longest - prompt, 0) if left else (0, longest - prompt)
+        rows.append(jnp.pad(x[b, :prompt], (pad, (0, 0)), constant_values=jnp.nan))
+    return jnp.stack(rows), jnp.stack([x[b, n : n + AFTER] for b, n in enumerate(PROMPTS)])
+
+
+def check_rows(outputs: list[jax.Array], expected: list[jax.Array]) -> None:
+    """``outputs``: the prompts' last positions, then the tokens' one by one, ``(2, 1, features)`` each."""
     got = jnp.concatenate(outputs, axis=1)
-    assert bool(jnp.isfinite(got[0]).all())
-    assert worst(got[1:, pad:], call(layer, x[1:, pad:])) <= BOUNDS["float32"]
+    assert max(worst(got[b], expected[b]) for b in range(2)) <= BOUNDS["float32"]
+
+
+class TestPromptsOfTwoLengths:
+    """In one batch, each row gives what it gives alone."""
+
+    def test_padded_on_the_left(self) -> None:
+        layer, x = module(**VARIANTS["all"]), inputs(2, LENGTH, FEATURES)
+        expected = alone(layer, x)
+        prompts, after = padded(x, left=True)
+        starts = jnp.asarray([max(PROMPTS) - n for n in PROMPTS], jnp.int32)
+        layer.init_cache((2, CAPACITY, FEATURES))
+        outputs = [step(layer, prompts, decode_starts=starts)[:, -1:]]
+        outputs += [step(layer, after[:, i : i + 1], decode_starts=starts) for i in range(AFTER)]
+        check_rows(outputs, expected)
+        assert layer.cache_index is not None
+        assert layer.cache_index.shape == ()
+
+    def test_padded_on_the_right(self) -> None:
+        layer, x = module(**VARIANTS["all"]), inputs(2, LENGTH, FEATURES)
+        expected = alone(layer, x)
+        prompts, after = padded(x, left=False)
+        layer.init_cache((2, max(PROMPTS) + AFTER, FEATURES))
+        lengths = jnp.asarray(PROMPTS, jnp.int32)
+        o = step(layer, prompts, decode_lengths=lengths)
+        outputs = [jnp.stack([o[b, n - 1 : n] for b, n in enumerate(PROMPTS)])]
+        outputs += [step(layer, after[:, i : i + 1]) for i in range(AFTER)]
+        check_rows(outputs, expected)
+        assert layer.cache_index is not None
+        np.testing.assert_array_equal(layer.cache_index[...], lengths + AFTER)
+
+    def test_more_tokens_of_some_rows_only(self) -> None:
+        """Speculative decoding: 3 tokens of one row and none of the other, then one of each."""
+        layer, x = module(**VARIANTS["plain"]), inputs(2, LENGTH, FEATURES)
+        expected = [call(layer, x[b : b + 1]) for b in range(2)]
+        layer.init_cache((2, CAPACITY, FEATURES))
+        step(layer, x[:, :10])
+        step(layer, x[:, 10:13], decode_lengths=jnp.asarray([3, 0]))
+        o = step(layer, jnp.stack([x[0, 13:14], x[1, 10:11]]))
+        assert worst(o[0], expected[0][0, 13:14]) <= BOUNDS["float32"]
+        assert worst(o[1], expected[1][0, 10:11]) <= BOUNDS["float32"]
+
+    @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+    def test_linen(self, left: bool) -> None:
+        x = inputs(2, LENGTH, FEATURES)
+        layer = module(**VARIANTS["all"])
+        twin, state = linen_twin(CAPACITY)
+        apply = jax.jit(partial(twin.apply, mutable=["cache"]))
+        prompts, after = padded(x, left)
+        starts = {"decode_starts": jnp.asarray([max(PROMPTS) - n for n in PROMPTS])} if left else {}
+        o, new = apply(state, prompts, **starts or {"decode_lengths": jnp.asarray(PROMPTS)})
+        outputs = [o[:, -1:] if left else jnp.stack([o[b, n - 1 : n] for b, n in enumerate(PROMPTS)])]
+        for i in range(AFTER):
+            o, new = apply(state | new, after[:, i : i + 1], **starts)
+            outputs.append(o)
+        check_rows(outputs, alone(layer, x))
+
+
+def linen_twin(capacity: int, **changed: Any) -> tuple[LinenLLAttention, dict[str, Any]]:
+    """The Linen module of ``module(**VARIANTS["all"])`` with an unwritten cache of two rows."""
+    twin = LinenLLAttention(4, decode=True, **VARIANTS["all"], **changed)
+    variables = jax.eval_shape(lambda: twin.init(jax.random.key(0), inputs(2, capacity, FEATURES)))
+    cache = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan if x.ndim else 0, x.dtype), variables["cache"])
+    return twin, {"params": linen_parameters(module(**VARIANTS["all"])), "cache": cache}
+
+
+def test_rows_can_be_reordered_and_tokens_taken_back() -> None:
+    """Beam search and speculative decoding: the cache is arrays, to be indexed, and the index a number, to be set."""
+    layer, x = module(**VARIANTS["all"]), inputs(2, LENGTH, FEATURES)
+    expected = call(layer, x)
+    layer.init_cache((2, CAPACITY, FEATURES))
+    step(layer, x[:, :12])
+    step(layer, 3 * x[:, 12:17])  # a draft that is rejected
+    assert layer.cached_key is not None
+    assert layer.cached_value is not None
+    assert layer.cache_index is not None
+    layer.cache_index[...] = layer.cache_index[...] - 5
+    assert worst(step(layer, x[:, 12:14]), expected[:, 12:14]) <= BOUNDS["float32"]
+    for cached in (layer.cached_key, layer.cached_value):
+        cached[...] = cached[...][jnp.asarray([1, 0])]
+    assert worst(step(layer, x[::-1, 14:15]), expected[::-1, 14:15]) <= BOUNDS["float32"]
+
+
+def test_linen_rows_can_be_reordered_and_tokens_taken_back() -> None:
+    layer, x = module(**VARIANTS["all"]), inputs(2, LENGTH, FEATURES)
+    expected = call(layer, x)
+    twin, state = linen_twin(CAPACITY)
+    apply = jax.jit(partial(twin.apply, mutable=["cache"]))
+    _, new = apply(state, x[:, :12])
+    _, new = apply(state | new, 3 * x[:, 12:17])
+    cache = jax.tree.map(lambda c: c[::-1] if c.ndim else c - 5, new["cache"])
+    o, _ = apply(state | {"cache": cache}, x[::-1, 12:14])
+    assert worst(o, expected[::-1, 12:14]) <= BOUNDS["float32"]
+
+
+class TestNegativeIndex:
+    """Taken back too far."""
+
+    def layer(self) -> LLAttention:
+        layer = module()
+        layer.init_cache((2, 12, FEATURES))
+        assert layer.cache_index is not None
+        layer.cache_index[...] = jnp.asarray(-2, jnp.int32)
+        return layer
+
+    def test_is_an_error(self) -> None:
+        with pytest.raises(ValueError, match="cache_index must be >= 0, got -2"):
+            self.layer()(inputs(2, 3, FEATURES), decode=True)
+
+    def test_is_nan_under_jit(self) -> None:
+        layer = self.layer()
+        assert bool(jnp.isnan(step(layer, inputs(2, 4, FEATURES))).all())
+        assert bool(jnp.isnan(step(layer, inputs(2, 1, FEATURES))).all())  # and stays so
+
+
+class TestOnTwoDevices:
+    """Cache and tokens divided by batch or heads: what one device gives."""
+
+    @staticmethod
+    def tokens() -> tuple[jax.Array, ...]:
+        rng = np.random.default_rng(0)
+        shapes = ((2, 1, 4, 8), (2, 1, 2, 8), (2, 1, 2, 8), (2, 12, 2, 8), (2, 12, 2, 8))
+        return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+    @staticmethod
+    def run(q: Any, k: Any, v: Any, keys: Any, values: Any) -> Any:
+        settings = core.Settings(None, 100.0, None, None, None, None, False, None, None, None)
+        o, cache = core.decode(
+            settings,
+            q,
+            k,
+            v,
+            core.Cache(keys, values, jnp.asarray(7, jnp.int32)),
+            ridge_lambda=1.0,
+            is_causal=True,
+            mask=None,
+            positions=None,
+        )
+        return o, cache.key, cache.value
+
+    @pytest.mark.parametrize("spec", [P("x"), P(None, None, "x")], ids=["batch", "heads"])
+    @pytest.mark.parametrize("explicit", [True, False], ids=["explicit mesh", "shard_map"])
+    def test_of_core(self, spec: P, explicit: bool) -> None:
+        if len(jax.devices()) < 2:
+            pytest.skip("needs two devices")
+        kind = AxisType.Explicit if explicit else AxisType.Auto
+        mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,), devices=jax.devices()[:2])
+        given = self.tokens()
+        expected = jax.jit(self.run)(*given)
+        if explicit:
+            got = jax.jit(self.run)(*(jax.device_put(x, NamedSharding(mesh, spec)) for x in given))
+        else:
+            got = jax.jit(jax.shard_map(self.run, mesh=mesh, in_specs=spec, out_specs=spec))(*given)
+        for x, y in zip(got, expected, strict=True):
+            np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=1e-5)
+
+    def test_of_the_modules(self) -> None:
+        """Tokens and cache on an explicit mesh, by batch; in a row's own places too."""
+        if len(jax.devices()) < 2:
+            pytest.skip("needs two devices")
+        mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+        place = partial(jax.device_put, device=NamedSharding(mesh, P("x")))
+        x = inputs(2, 14, FEATURES)
+        expected = call(module(**VARIANTS["all"]), x)
+        layer = module(**VARIANTS["all"])
+        twin, state = linen_twin(CAPACITY)
+        layer.init_cache((2, CAPACITY, FEATURES))
+        for cached in (layer.cached_key, layer.cached_value):
+            assert cached is not None
+            cached.set_value(place(cached[...]))
+        state["cache"] = {name: place(c) if c.ndim else c for name, c in state["cache"].items()}
+        apply = jax.jit(partial(twin.apply, mutable=["cache"]))
+        with jax.set_mesh(mesh):
+            got = [step(layer, place(x[:, :12])), step(layer, place(x[:, 12:]))]
+            first, new = apply(state, place(x[:, :12]))
+            second, _ = apply(state | new, place(x[:, 12:]))
+        for outputs in (got, [first, second]):
+            assert worst(jnp.concatenate([np.asarray(o) for o in outputs], axis=1), expected) <= BOUNDS["float32"]
 
 
 @pytest.mark.parametrize(("api", "masked"), [("nnx", False), ("linen", True)])
@@ -229,63 +414,6 @@ def test_refusals() -> None:
         layer(x, decode=True, mask=np.ones((1, 7), bool))
 
 
-@cache
-def jit_step(block_size: int) -> Any:
-    """One trace for every size of block, which is not an argument."""
-    return jax.jit(partial(decode_step, qk_scale=0.4))
-
-
-jit_reference = jax.jit(partial(lla_attention, qk_scale=0.4, implementation="reference"))
-
-
-class TestStep:
-    """The exact step against the dense reference in float64: every kind of keys, over many blocks of the cache."""
-
-    @pytest.fixture
-    def small_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(decode_module, "_BLOCK_SIZE", 1)  # of D = 8 keys, the least
-
-    def compare(self, dtype: str, kind: str, ridge: float, mask: Any = None, filled: int = 60) -> float:
-        """Three tokens over ``filled`` positions of a cache of 70; the error of the worst row."""
-        shape = Shape(2, 3, 70, 4, 2, 8, 6)
-        q, k, v, _ = draw(shape, dtype, kind)
-        poison = jnp.asarray(jnp.nan, k.dtype)
-        k, v = (x.at[:, filled:].set(poison) for x in (k, v))
-        got = jit_step(decode_module._BLOCK_SIZE)(q, k, v, jnp.full((4,), ridge), jnp.int32(filled - 3), mask=mask)
-        wide = (x.astype(jnp.float64) for x in (q, k[:, :filled], v[:, :filled]))
-        mask = None if mask is None else mask[..., :filled]
-        expected = jit_reference(*wide, ridge_lambda=ridge, mask=mask)
-        return worst(got, expected)
-
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_float64(self, kind: str, small_blocks: None) -> None:
-        # the reference's own error in the paper's form: on peaky and shifted keys it loses seven of sixteen digits
-        assert self.compare("float64", kind, 0.1) <= 1e-8
-
-    @pytest.mark.parametrize("kind", ["iid", "peaky", "shifted"])
-    def test_float32(self, kind: str) -> None:
-        assert self.compare("float32", kind, 1.0) <= 1e-5
-
-    def test_blocks_make_no_difference(self, small_blocks: None) -> None:
-        assert self.compare("float32", "iid", 1.0) <= 1e-5
-
-    def test_mask(self, small_blocks: None) -> None:
-        """Per head and token; the first keys hidden from some, so that whole blocks are."""
-        mask = jnp.asarray(np.random.default_rng(0).random((2, 4, 3, 70)) < 0.4).at[:, 1, :, :30].set(False)
-        assert self.compare("float64", "iid", 0.1, mask) <= 1e-10
-
-    def test_a_token_without_keys_is_zero(self) -> None:
-        q, k, v, _ = draw(Shape(1, 1, 5, 1, 1, 4, 4), "float32")
-        o = jit_step(0)(q, k, v, jnp.ones(1), jnp.int32(4), mask=jnp.zeros((1, 1, 1, 5), bool))
-        np.testing.assert_array_equal(o, 0)
-
-    def test_a_bad_ridge_is_nan(self) -> None:
-        q, k, v, _ = draw(Shape(1, 1, 5, 4, 1, 4, 4), "float32")
-        o = jit_step(0)(q, k, v, jnp.asarray([0.0, -1.0, jnp.nan, 1.0]), jnp.int32(4))
-        assert bool(jnp.isnan(o[:, :, :3]).all())
-        assert bool(jnp.isfinite(o[:, :, 3]).all())
-
-
 @pytest.mark.parametrize("tokens", [1, 10])
 def test_an_empty_batch(tokens: int) -> None:
     layer, x = module(), inputs(2, tokens, FEATURES)[:0]
@@ -336,51 +464,6 @@ class TestGradient:
         got, expected = (jax.jit(jax.grad(f, argnums=(0, 1)))(parameters, x, cache) for f in (decoded, full))
         errors = jax.tree.map(partial(relative_error, floor=1e-3), got, expected)
         assert max(jax.tree.leaves(errors)) <= self.BOUND
-
-    @pytest.mark.parametrize("masked", [False, True])
-    def test_of_the_step(self, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of every argument, over many blocks; by a mask, one token sees nothing and one key is seen by none."""
-        monkeypatch.setattr(decode_module, "_BLOCK_SIZE", 1)  # of D = 8 keys, the least
-        filled, capacity = 20, 29
-        q, k, v, g = draw(Shape(2, 3, capacity, 4, 2, 8, 6), "float64")
-        mask = None
-        if masked:
-            mask = jnp.asarray(np.random.default_rng(0).random((2, 4, 3, capacity)) < 0.6)
-            mask = mask.at[1, :, 2].set(False).at[0, ..., 7].set(False)
-        ridge = jnp.asarray([0.1, 0.3, 1.0, 3.0])
-        unseen = jnp.zeros((2, capacity, 1, 1), bool).at[:, filled:].set(True).at[0, 7].set(masked)
-        k, v = (jnp.where(unseen, jnp.nan, a) for a in (k, v))
-
-        def step(q: Any, k: Any, v: Any, ridge: Any) -> Any:
-            return jnp.vdot(g, decode_step(q, k, v, ridge, jnp.int32(filled - 3), qk_scale=0.4, mask=mask))
-
-        def dense(q: Any, k: Any, v: Any, ridge: Any) -> Any:
-            k, v = (jnp.where(unseen, 0, a)[:, :filled] for a in (k, v))
-            seen = None if mask is None else mask[..., :filled]
-            o = lla_attention(q, k, v, ridge_lambda=ridge, qk_scale=0.4, mask=seen, implementation="reference")
-            return jnp.vdot(g, o)
-
-        got, expected = (jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))(q, k, v, ridge) for f in (step, dense))
-        for a, b in zip(got, expected, strict=True):
-            assert relative_error(a, b) <= self.BOUND
-        for a in got[1:3]:
-            np.testing.assert_array_equal(jnp.where(unseen, a, 0), 0)
-
-    def test_of_a_cache_per_example(self) -> None:
-        """Under vmap over the position, where the block loop's end is not one number."""
-        q, k, v, _ = draw(Shape(2, 1, 9, 1, 1, 4, 4), "float64")
-        index = jnp.asarray([3, 8], jnp.int32)
-        k, v = (a.at[0, 4:].set(jnp.nan) for a in (k, v))
-
-        def step(q: Any, k: Any, v: Any, index: Any) -> Any:
-            o = decode_step(q[None], k[None], v[None], jnp.ones(1), index, qk_scale=0.4)
-            return jnp.sum(jnp.sin(o))
-
-        gradient = jax.grad(step, argnums=(0, 1, 2))
-        got = jax.jit(jax.vmap(gradient))(q, k, v, index)
-        for i in range(2):
-            alone = jax.jit(gradient)(q[i], k[i], v[i], index[i])
-            assert all(relative_error(a[i], b) <= self.BOUND for a, b in zip(got, alone, strict=True))
 
 
 def test_other_widths_of_the_cache() -> None:

@@ -145,28 +145,48 @@ def config(example: ModuleType, attention: str, **changes):
     return example.Config(attention, None, seed=0, text="", **given)
 
 
-# 0 in float32, and one over which the logits are not finite
-@pytest.mark.parametrize(("attention", "temperature"), [("lla", 1e-300), ("softmax", 2e-38)])
-def test_greedy_sampling_is_the_full_forward_pass(example, attention, temperature):
-    """Through the cache, byte by byte, as if the whole text were read again for each."""
+@pytest.mark.parametrize("attention", ["lla", "softmax"])
+def test_greedy_sampling_is_the_full_forward_pass(example, attention):
+    """Through the cache, byte by byte and prompt beside prompt, as if each whole text were read again for each."""
     setting = config(example, attention)
     model = nnx.jit(lambda: example.CharLM(setting, rngs=nnx.Rngs(3)))()
     params = nnx.to_pure_dict(nnx.state(model))
-    sampled = example.generate(setting, params, b"import ", 12, 0.0, 0)
-    text = b"\0import " + sampled
-    logits = nnx.jit(model)(jnp.asarray(np.frombuffer(text, np.uint8), jnp.int32)[None])[0]
-    assert bytes(np.asarray(logits.argmax(-1))[7:-1].astype(np.uint8)) == sampled
-    assert example.generate(setting, params, b"import ", 12, temperature, 0) == sampled
+    prompts = [b"import ", b"", b"def generate("]
+    sampled, rate = example.generate(setting, params, prompts, 12)
+    assert rate > 0
+    texts = [b"\0" + prompt + text for prompt, text in zip(prompts, sampled, strict=True)]
+    rows = np.stack([np.frombuffer(text.ljust(26, b"\0"), np.uint8) for text in texts]).astype(np.int32)
+    likeliest = np.asarray(nnx.jit(model)(jnp.asarray(rows)).argmax(-1)).astype(np.uint8)
+    for prompt, text, row in zip(prompts, sampled, likeliest, strict=True):
+        assert bytes(row[len(prompt) : len(prompt) + 12]) == text
+
+
+# 0 in float32, and one over which the logits are not finite
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.0, None), (1e-300, None), (2e-38, None), (100.0, 1)])
+def test_the_likeliest_byte(example, temperature, top_k):
+    logits = jax.random.normal(jax.random.key(0), (50, 256), jnp.float32)
+    drawn = example.sample(logits, temperature, top_k, jax.random.key(1))
+    np.testing.assert_array_equal(drawn, logits.argmax(-1))
+    assert (example.sample(logits, 100.0, None, jax.random.key(1)) != drawn).any()
+
+
+def test_top_k_draws_from_the_likeliest(example):
+    logits = jnp.tile(jnp.arange(256, dtype=jnp.float32), (500, 1))
+    drawn = set(np.asarray(example.sample(logits, 10.0, 3, jax.random.key(0))).tolist())
+    assert drawn == {253, 254, 255}
 
 
 def test_sampling_from_a_checkpoint(example, finished, capsys):
     """It repeats with its seed."""
     printed = []
     for seed in ("0", "0", "1"):
-        example.main(["--output-dir", str(finished[0]), "--generate", "def ", "--length", "12", "--seed", seed])
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1] != printed[2]
-    assert printed[0].startswith(f"---- LLA after {STEPS} steps\ndef ")
+        prompts = ["--generate", "def ", "import os"]
+        example.main(["--output-dir", str(finished[0]), *prompts, "--length", "12", "--seed", seed])
+        printed.append(capsys.readouterr())
+    assert printed[0].out == printed[1].out != printed[2].out
+    assert printed[0].out.startswith(f"---- LLA after {STEPS} steps\ndef ")
+    assert "\n----\nimport os" in printed[0].out
+    assert " tokens/s" in printed[0].err
 
 
 def test_prompt_that_is_no_text(example, finished, capsys):
@@ -234,6 +254,7 @@ def test_text_is_the_library_alone(example, tmp_path, monkeypatch):
         ("--seed -1", "--seed"),
         ("--seed 4294967296", "--seed"),  # 2**32, which is 0 in the 32 bits that jax.random.key takes
         ("--length 0 --generate x", "--length"),
+        ("--top-k 0 --generate x", "--top-k"),
         ("--dtype float16", "--dtype"),
     ],
 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
-from flashlla_jax.kernels.constants import Constants
-from flashlla_jax.kernels.plan import Launch
 from flashlla_jax.sharding import varying_like
+
+_Constants = TypeVar("_Constants")  # a dataclass
 
 
 def call(
@@ -18,12 +18,13 @@ def call(
     arrays: tuple[jax.Array, ...],
     lengths: tuple[int, int],
     out_shapes: tuple[jax.ShapeDtypeStruct, ...],
-    shape: Launch,
-    constants: Constants,
+    shape: Any,
+    constants: Any,
 ) -> tuple[jax.Array, ...]:
     """Runs a kernel whose parameters are ``arrays``, ``lengths``, the outputs, and the constants as ``c``.
 
-    In that order jax-triton 0.3 and 0.4 agree.
+    In that order jax-triton 0.3 and 0.4 agree. ``shape`` has the fields num_warps and num_stages, ``constants`` is a
+    dataclass.
     """
     import jax_triton as jt
 
@@ -42,9 +43,9 @@ def call(
     return varying_like(tuple(results), arrays)
 
 
-def as_constexpr(constants: Constants) -> Constants:
+def as_constexpr(constants: _Constants) -> _Constants:
     """Each of them a ``tl.constexpr``: Triton 3.6 makes none of what it finds inside an argument."""
     import triton.language as tl
 
-    values = {field.name: getattr(constants, field.name) for field in dataclasses.fields(constants)}
-    return Constants(**{name: tl.constexpr(value) for name, value in values.items()})  # type: ignore[arg-type]
+    values = {field.name: getattr(constants, field.name) for field in dataclasses.fields(constants)}  # type: ignore[arg-type]
+    return type(constants)(**{name: tl.constexpr(value) for name, value in values.items()})

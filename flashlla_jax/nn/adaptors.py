@@ -190,5 +190,10 @@ class AttentionFn:
                     "position of the cache the token is. LLAttention(local_window_size=...) decodes"
                 )
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
+        hiding = (self.segment_ids, self.query_seq_lengths, self.key_value_seq_lengths, self.local_window_size)
+        if query.shape[-3] == 1 and all(x is None for x in hiding):
+            # a decode step, where it sees the cache: its token is the last, causal or not
+            exact = {name: getattr(self, name) for name in ("ridge_lambda", "qk_scale", "implementation")}
+            return core.attend_one(query, key, value, mask=mask, precision=precision, **exact)
         options = vars(self) | {"is_causal": self.is_causal or is_causal}
         return core.attend(query, key, value, mask=mask, precision=precision, **options)

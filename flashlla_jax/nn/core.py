@@ -20,15 +20,19 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from flashlla_jax.arguments import Implementation, check_count, check_flag, check_implementation, check_window
+from flashlla_jax.arguments import (
+    Implementation,
+    check_count,
+    check_flag,
+    check_implementation,
+    check_integers,
+    check_window,
+)
 from flashlla_jax.attention import lla_attention
+from flashlla_jax.decode import lla_decode
+from flashlla_jax.decode_arguments import MOST_TOKENS
 from flashlla_jax.interface import accumulation_dtype
-from flashlla_jax.nn.decode import decode_step
 from flashlla_jax.nn.rope import rotate
-
-# A call with a cache and at most this many tokens takes the exact decode step, whose state is a D x D matrix per query
-# and head; more tokens take the operator, in linear memory.
-_FEW_TOKENS = 8
 
 Segments = Int[Array, "*batch L"] | tuple[Int[Array, "*batch T"], Int[Array, "*batch S"]]
 Lengths = Int[Array, "*batch"]
@@ -66,11 +70,14 @@ class Settings:
 
 
 class Cache(NamedTuple):
-    """Keys (rotated, where ``rope`` is on) and values of the first ``filled`` positions, in Flax's layout."""
+    """Keys (rotated, where ``rope`` is on) and values of the first ``filled`` positions, in Flax's layout.
+
+    ``filled`` is one number for all rows, as Flax has it, or one for each.
+    """
 
     key: Float[Array, "*batch S K D"]
     value: Float[Array, "*batch S K D"]
-    filled: Int[Array, ""]
+    filled: Int[Array, ""] | Int[Array, "*batch"]
 
 
 def check_operator(cg_max_iters: Any, implementation: Any) -> None:
@@ -118,6 +125,12 @@ def check_sow_weights(sow_weights: bool) -> None:
             "sow_weights must be False: the attention weights are never formed. "
             "lla_attention(..., return_residuals=True) tells what is known of each query's solve"
         )
+
+
+def check_no_cache(**given: Any) -> None:
+    for name, x in given.items():
+        if x is not None:
+            raise ValueError(f"{name} is for calls with a cache; without one use mask")
 
 
 def check_hiding_with_cache(**hiding: Any) -> None:
@@ -263,6 +276,22 @@ def forward(
     return attend(query, key, value, mask=mask, **hiding, **options)
 
 
+def attend_one(
+    query: Float[Array, "*batch 1 N D"],
+    key: Float[Array, "*batch S K D"],
+    value: Float[Array, "*batch S K Dv"],
+    *,
+    mask: Any,
+    **options: Any,
+) -> Float[Array, "*batch 1 N Dv"]:
+    """``attend`` of a single query, which sees all that the mask shows, by the exact decode step."""
+    batch, heads, keys = query.shape[:-3], query.shape[-2], key.shape[-3]
+    if mask is not None:
+        options["mask"] = _fold_mask(mask, (*batch, heads, 1, keys))
+    o = lla_decode(_fold(query), _fold(key), _fold(value), keys, **options)
+    return o.reshape(*batch, *o.shape[1:])
+
+
 def decode(
     settings: Settings,
     query: Float[Array, "*batch T N D"],
@@ -274,15 +303,30 @@ def decode(
     is_causal: bool,
     mask: Any,
     positions: Positions | None,
+    starts: Any = None,
+    lengths: Any = None,
 ) -> tuple[Float[Array, "*batch T N D"], Cache]:
     """Append T tokens to the cache and attend from them: what a causal forward pass gives at their positions.
 
-    Few tokens take the exact step of ``decode.py``, to which ``cg_*`` and ``implementation`` do not apply; more take
-    the operator, on its XLA path unless the cache is empty.
+    Few tokens take ``lla_decode``, to which ``cg_*`` do not apply; more, or ``lengths``, take ``lla_attention``.
+
+    Args:
+        settings: The module's.
+        query: The new tokens'.
+        key: The new tokens'.
+        value: The new tokens'.
+        cache: What is there before them.
+        ridge_lambda: As in ``lla_attention``.
+        is_causal: Must be True.
+        mask: Broadcastable to ``[*batch, N, T, S]``, S being the cache's capacity.
+        positions: For ``rope``; None to count from ``cache.filled``.
+        starts: ``[*batch]``, the first position of each row, or None for 0.
+        lengths: ``[*batch]``, how many of the T tokens each row has, the others being padding on the right: they are
+            not written, and their output is zero. The cache returned then counts by row. None for T.
 
     Returns:
-        The output and the cache with the tokens in it. Where the tokens overrun the cache and ``cache.filled`` is
-        traced, so that no error can be raised, the whole output is NaN.
+        The output and the cache with the tokens in it. Where the tokens overrun the cache, or ``cache.filled`` is
+        negative, and that is traced, so that no error can be raised, the row's output is NaN, now and in later calls.
 
     Raises:
         ValueError: The tokens overrun the cache, or do not fit it in shape; or the module is not causal.
@@ -290,7 +334,47 @@ def decode(
     if not is_causal:
         raise ValueError("decode=True needs is_causal=True: a token cannot see what is not in the cache yet")
     query, key, value = promote_dtype((query, key, value), dtype=settings.dtype)
-    *batch, capacity, kv_heads, dim = cache.key.shape
+    _check_tokens(query, key, value, cache)
+    length, capacity = query.shape[-3], cache.key.shape[-3]
+    batch = query.shape[:-3]
+    starts = _per_row("decode_starts", starts, batch)
+    lengths = _per_row("decode_lengths", lengths, batch)
+    new = length if lengths is None else jnp.clip(lengths, 0, length)
+    _check_room(cache, new, length)
+
+    first = cache.filled
+    check_positions(positions, settings.rope)
+    if settings.rope is not None:
+        if positions is None:
+            positions = first[..., None] + jnp.arange(length, dtype=jnp.int32).reshape((1,) * first.ndim + (length,))
+        query, key = (_rotate(settings, x, positions) for x in (query, key))
+
+    sound = (first >= 0) & (first + new <= capacity)
+    # what is negative stays so: the positions before the first were never written
+    cache = Cache(
+        _append(cache.key, key, first, lengths),
+        _append(cache.value, value, first, lengths),
+        jnp.where(first < 0, first, first + new),
+    )
+    seen = _Seen(jnp.broadcast_to(first, batch), lengths, starts, mask)
+    if length <= MOST_TOKENS and lengths is None:
+        o = _few_tokens(settings, query, cache, ridge_lambda, seen)
+    else:
+        o = _many_tokens(settings, query, cache, ridge_lambda, seen)
+    return jnp.where(jnp.broadcast_to(sound, batch)[..., None, None, None], o, jnp.nan), cache
+
+
+class _Seen(NamedTuple):
+    """What says what the tokens of a call with a cache see."""
+
+    first: Int[Array, "*batch"]  # the position of the first token
+    lengths: Int[Array, "*batch"] | None
+    starts: Int[Array, "*batch"] | None
+    mask: Any
+
+
+def _check_tokens(query: Array, key: Array, value: Array, cache: Cache) -> None:
+    *batch, _, kv_heads, dim = cache.key.shape
     length = query.shape[-3]
     if length == 0:
         raise ValueError(f"decode=True needs one token at least, got a query of shape {query.shape}")
@@ -300,86 +384,105 @@ def decode(
             f"with a cache of shape {cache.key.shape}, {length} new tokens must have keys and values of shape "
             f"{expected}, got query {query.shape}, key {key.shape} and value {value.shape}"
         )
-    used = None if isinstance(cache.filled, Tracer) else int(cache.filled)
-    if (used or 0) + length > capacity:
+    if cache.filled.shape not in ((), tuple(batch)):
         raise ValueError(
-            f"the cache has room for {capacity} positions; {used or 0} are used and {length} more were given: "
+            f"cache_index must be a scalar or have the cache's batch axes, {tuple(batch)}, got {cache.filled.shape}"
+        )
+
+
+def _check_room(cache: Cache, new: Any, length: int) -> None:
+    """Refuse what is known to overrun the cache."""
+    capacity = cache.key.shape[-3]
+    known = not isinstance(cache.filled, Tracer)
+    used = np.asarray(cache.filled) if known else np.zeros((), np.int32)
+    if used.size and used.min() < 0:
+        raise ValueError(f"cache_index must be >= 0, got {used.min()}")
+    more = np.asarray(new) if not isinstance(new, Tracer) else np.zeros((), np.int32)
+    total = used + more
+    if (total.size and total.max() > capacity) or (length > capacity and not isinstance(new, Array)):
+        raise ValueError(
+            f"the cache has room for {capacity} positions; {used.max()} are used and {more.max()} more were given: "
             "make a longer one (init_cache)"
         )
 
-    check_positions(positions, settings.rope)
-    if settings.rope is not None:
-        if positions is None:
-            positions = cache.filled + jnp.arange(length, dtype=jnp.int32)
-        query, key = (_rotate(settings, x, positions) for x in (query, key))
 
-    zero = jnp.zeros((), cache.filled.dtype)
-    start = (*(zero for _ in batch), cache.filled, zero, zero)
-    cache = Cache(
-        lax.dynamic_update_slice(cache.key, key.astype(cache.key.dtype), start),
-        lax.dynamic_update_slice(cache.value, value.astype(cache.value.dtype), start),
-        cache.filled + length,
+def _per_row(name: str, x: Any, batch: tuple[int, ...]) -> Array | None:
+    """Integers, one for each row."""
+    if x is None:
+        return None
+    x = check_integers(name, x, "an integer array")
+    if x.shape != batch:
+        raise ValueError(f"{name} must have the batch axes, {batch}, got {x.shape}")
+    return jnp.asarray(x).astype(jnp.int32)
+
+
+def _append(
+    cache: Float[Array, "*batch S K D"],
+    new: Float[Array, "*batch T K D"],
+    first: Int[Array, "*#batch"],
+    lengths: Int[Array, "*batch"] | None,
+) -> Float[Array, "*batch S K D"]:
+    """The cache with the new tokens at positions ``first`` on."""
+    new = new.astype(cache.dtype)
+    batch, capacity, length = cache.shape[:-3], cache.shape[-3], new.shape[-3]
+    if first.ndim == 0 and lengths is None:
+        zero = jnp.zeros((), first.dtype)
+        return lax.dynamic_update_slice(cache, new, (*(zero for _ in batch), first, zero, zero))
+    tokens = jnp.arange(length, dtype=jnp.int32)[None]
+    first = jnp.broadcast_to(first, batch).reshape(-1, 1)
+    place = first + tokens
+    if lengths is not None:
+        place = jnp.where(tokens < lengths.reshape(-1, 1), place, capacity)
+    place = jnp.where(first >= 0, place, capacity)  # beyond the end, where it is dropped
+    # row by row, by vmap: so XLA sees that no row needs another's
+    written = jax.vmap(lambda row, tokens, place: row.at[place].set(tokens, mode="drop"))(
+        _fold(cache), _fold(new), place
     )
-    if length <= _FEW_TOKENS:
-        o = _few_tokens(settings, query, cache, ridge_lambda, mask)
-    else:
-
-        def into_empty() -> Array:
-            options = _operator_options(settings, ridge_lambda, is_causal=True, implementation=settings.implementation)
-            return attend(query, key, value, **options)
-
-        def after_others() -> Array:
-            return _many_tokens(settings, query, cache, ridge_lambda, mask)
-
-        if mask is not None or (used or 0) > 0:
-            o = after_others()
-        else:
-            o = into_empty() if used == 0 else lax.cond(cache.filled == length, into_empty, after_others)
-    return jnp.where(cache.filled > capacity, jnp.nan, o), cache
+    return written.reshape(cache.shape)
 
 
-def _few_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: Any, mask: Any) -> Array:
+def _few_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: Any, seen: _Seen) -> Array:
     """The last tokens of the cache by the exact step; its state is a D x D matrix per token and head."""
-    *batch, length, heads, dim = query.shape
-    ridge = jnp.asarray(ridge_lambda, accumulation_dtype(query.dtype))
-    if mask is not None:
-        mask = _fold_mask(mask, (*batch, heads, length, cache.key.shape[-3]))
-    if settings.local_window_size is not None:
-        reachable = _reachable(settings, cache, length)
-        mask = reachable if mask is None else mask & reachable
-    o = decode_step(
+    *batch, length, heads, _ = query.shape
+    capacity = cache.key.shape[-3]
+    mask = None if seen.mask is None else _fold_mask(seen.mask, (*batch, heads, length, capacity))
+    o = lla_decode(
         _fold(query),
         _fold(cache.key),
         _fold(cache.value),
-        jnp.broadcast_to(ridge, (heads,)),
-        cache.filled - length,
-        qk_scale=dim**-0.5 if settings.qk_scale is None else settings.qk_scale,
+        seen.first.reshape(-1) + length,
+        starts=None if seen.starts is None else seen.starts.reshape(-1),
         mask=mask,
+        local_window_size=settings.local_window_size,
+        ridge_lambda=ridge_lambda,
+        qk_scale=settings.qk_scale,
+        precision=settings.precision,
+        implementation=settings.implementation,
     )
-    return o.reshape(query.shape).astype(query.dtype)
+    return o.reshape(query.shape)
 
 
-def _many_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: Any, mask: Any) -> Array:
-    """The last tokens of the cache by the operator's XLA path, in linear memory but for a mask of a byte per pair."""
-    length, capacity = query.shape[-3], cache.key.shape[-3]
-    seen = _reachable(settings, cache, length)
-    if mask is not None:
-        seen = seen & _fold_mask(mask, (*query.shape[:-3], query.shape[-2], length, capacity))
-    key, value = (_fold(x.astype(query.dtype)) for x in (cache.key, cache.value))
-    options = _operator_options(settings, ridge_lambda, is_causal=False, implementation="xla")
-    options["local_window_size"] = None  # which counts from the end of the cache; the mask has it
-    return lla_attention(_fold(query), key, value, mask=seen, **options).reshape(query.shape)
-
-
-def _reachable(settings: Settings, cache: Cache, length: int) -> Array:
-    """(1, 1, T, S): the positions of the cache up to each token's own, the last of these T's, and in its window."""
+def _many_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: Any, seen: _Seen) -> Array:
+    """The last tokens of the cache by the operator, in linear memory but for a mask that is given."""
+    *batch, length, heads, _ = query.shape
     capacity = cache.key.shape[-3]
-    own = cache.filled - length + jnp.arange(length, dtype=jnp.int32)[:, None]
-    position = jnp.arange(capacity, dtype=jnp.int32)[None, :]
-    seen = position <= own
-    if settings.local_window_size is not None:
-        seen = seen & (position >= own - min(settings.local_window_size[0], capacity))
-    return seen[None, None]
+    mask = None if seen.mask is None else _fold_mask(seen.mask, (*batch, heads, length, capacity))
+    if seen.starts is not None:
+        begun = jnp.arange(capacity, dtype=jnp.int32)[None] >= seen.starts.reshape(-1, 1)
+        begun = begun[:, None, None]
+        mask = begun if mask is None else mask & begun
+    new = length if seen.lengths is None else seen.lengths
+    options = _operator_options(settings, ridge_lambda, is_causal=True, implementation=settings.implementation)
+    o = lla_attention(
+        _fold(query),
+        *(_fold(x.astype(query.dtype)) for x in (cache.key, cache.value)),
+        mask=mask,
+        query_offset=seen.first.reshape(-1),
+        query_seq_lengths=None if seen.lengths is None else seen.lengths.reshape(-1),
+        key_value_seq_lengths=(seen.first + new).reshape(-1),
+        **options,
+    )
+    return o.reshape(query.shape)
 
 
 def _operator_options(settings: Settings, ridge_lambda: Any, **options: Any) -> dict[str, Any]:

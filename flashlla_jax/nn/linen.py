@@ -41,8 +41,7 @@ class LLAttention(nn.MultiHeadDotProductAttention):
         cg_rtol: See :func:`flashlla_jax.lla_attention`.
         cg_max_iters: See :func:`flashlla_jax.lla_attention`.
         cg_use_preconditioner: See :func:`flashlla_jax.lla_attention`.
-        implementation: See :func:`flashlla_jax.lla_attention`. Calls with a cache are plain XLA but
-            for a prompt into an empty one.
+        implementation: See :func:`flashlla_jax.lla_attention`; with a cache also of :func:`flashlla_jax.lla_decode`.
     """
 
     attention_fn: Any = None
@@ -76,6 +75,8 @@ class LLAttention(nn.MultiHeadDotProductAttention):
         segment_ids: core.Segments | None = None,
         query_seq_lengths: core.Lengths | None = None,
         key_value_seq_lengths: core.Lengths | None = None,
+        decode_starts: core.Lengths | None = None,
+        decode_lengths: core.Lengths | None = None,
     ) -> Float[Array, "*batch T out_features"]:
         """Attention of ``inputs_q`` to ``inputs_k``, with the call signature of ``nn.MultiHeadDotProductAttention``.
 
@@ -92,6 +93,8 @@ class LLAttention(nn.MultiHeadDotProductAttention):
             segment_ids: See :class:`flashlla_jax.LLAttention`. Not with ``decode=True``, as are the lengths.
             query_seq_lengths: See :class:`flashlla_jax.LLAttention`.
             key_value_seq_lengths: See :class:`flashlla_jax.LLAttention`.
+            decode_starts: As in :class:`flashlla_jax.LLAttention`.
+            decode_lengths: As in :class:`flashlla_jax.LLAttention`.
 
         Returns:
             The output.
@@ -153,7 +156,7 @@ class LLAttention(nn.MultiHeadDotProductAttention):
             norm = partial(nn.LayerNorm, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
             query, key = norm(name="query_ln")(query), norm(name="key_ln")(key)
 
-        arguments = {
+        arguments: dict[str, Any] = {
             "ridge_lambda": self._ridge(),
             "is_causal": self.is_causal,
             "mask": mask,
@@ -171,10 +174,12 @@ class LLAttention(nn.MultiHeadDotProductAttention):
         variables = self._cache(key, value) if self.decode else ()
         if self.decode and has_cache:
             cache = core.Cache(*(variable.value for variable in variables))
+            arguments |= {"starts": decode_starts, "lengths": decode_lengths}
             o, cache = core.decode(settings, query, key, value, cache, **arguments)
             for variable, x in zip(variables, cache, strict=True):
                 variable.value = x
         else:
+            core.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
             o = core.forward(settings, query, key, value, **arguments, **hiding)
         return project(
             self.out_features or inputs_q.shape[-1],

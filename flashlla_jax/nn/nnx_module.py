@@ -47,7 +47,8 @@ class LLAttention(nnx.MultiHeadAttention):
             ``ridge_floor + softplus(raw_ridge)``, else None. Leave it out of weight decay.
         cached_key: ``nnx.Cache``, ``[batch..., capacity, num_kv_heads, head_dim]``, or None before ``init_cache``.
         cached_value: ``nnx.Cache``, shaped as ``cached_key``.
-        cache_index: ``nnx.Cache``, int32: positions filled so far.
+        cache_index: ``nnx.Cache``, int32: positions filled so far; a scalar, or ``[batch...]`` after
+            ``decode_lengths``. Setting it back takes tokens off the end.
     """
 
     def __init__(
@@ -154,8 +155,8 @@ class LLAttention(nnx.MultiHeadAttention):
             cg_rtol: See :func:`flashlla_jax.lla_attention`.
             cg_max_iters: See :func:`flashlla_jax.lla_attention`.
             cg_use_preconditioner: See :func:`flashlla_jax.lla_attention`.
-            implementation: See :func:`flashlla_jax.lla_attention`. Calls with a cache are plain
-                XLA but for a prompt into an empty one.
+            implementation: See :func:`flashlla_jax.lla_attention`; with a cache also of
+                :func:`flashlla_jax.lla_decode`.
 
         Raises:
             TypeError: ``ridge_lambda`` is not a number, or ``local_window_size`` not ints.
@@ -250,6 +251,8 @@ class LLAttention(nnx.MultiHeadAttention):
         segment_ids: core.Segments | None = None,
         query_seq_lengths: core.Lengths | None = None,
         key_value_seq_lengths: core.Lengths | None = None,
+        decode_starts: core.Lengths | None = None,
+        decode_lengths: core.Lengths | None = None,
     ) -> Float[Array, "*batch T out_features"]:
         """Attention of ``inputs_q`` to ``inputs_k``, with the call signature of ``flax.nnx.MultiHeadAttention``.
 
@@ -276,9 +279,17 @@ class LLAttention(nnx.MultiHeadAttention):
                 the lengths.
             query_seq_lengths: ``[batch...]``, integers: the queries beyond are padding and get attention output zero.
             key_value_seq_lengths: ``[batch...]``, integers: the keys beyond are padding, which no query sees.
+            decode_starts: With ``decode``: for prompts that are padded on the left, the first position of each row;
+                what is before it is hidden. To be given with every call, with the tokens after the prompt too.
+                Positions for ``rope`` need no change: only their differences matter.
+            decode_lengths: With ``decode``: for prompts that are padded on the right, how many of the T tokens each
+                row has. The others are not written, and their attention output is zero. From then on ``cache_index``
+                is an array ``[batch...]``, every row's own, and tokens given without ``decode_lengths`` follow each
+                row's last.
 
         Returns:
-            The output. NaN where tokens overrun the cache under ``jit``, which cannot raise.
+            The output. NaN where tokens overrun the cache, or ``cache_index`` is negative, under ``jit``, which cannot
+            raise.
 
         Raises:
             ValueError: A shape does not fit; ``decode`` is given nowhere, its cache is missing or overrun, or it meets
@@ -313,18 +324,21 @@ class LLAttention(nnx.MultiHeadAttention):
         if self.query_ln is not None and self.key_ln is not None:
             query, key = self.query_ln(query), self.key_ln(key)
 
-        arguments = {
+        arguments: dict[str, Any] = {
             "ridge_lambda": self.ridge,
             "is_causal": self.is_causal if is_causal is None else is_causal,
             "mask": mask,
             "positions": input_positions,
         }
         if not decode:
+            core.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
             o = core.forward(self.settings, query, key, value, **arguments, **hiding)
         else:
             if self.cached_key is None or self.cached_value is None or self.cache_index is None:
                 raise ValueError("decode=True needs a cache: call init_cache first")
             cache = core.Cache(self.cached_key[...], self.cached_value[...], self.cache_index[...])
+            arguments |= {"starts": decode_starts, "lengths": decode_lengths}
             o, cache = core.decode(self.settings, query, key, value, cache, **arguments)
-            self.cached_key[...], self.cached_value[...], self.cache_index[...] = cache
+            for variable, x in zip((self.cached_key, self.cached_value, self.cache_index), cache, strict=True):
+                variable.set_value(x)  # whose shape, of the index, and whose sharding may be new
         return self.out(o, out_sharding=out_sharding)

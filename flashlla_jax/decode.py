@@ -1,0 +1,212 @@
+"""``lla_decode``: the last few tokens of every row of a key/value cache."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, Float, Int
+
+from flashlla_jax import decode_xla, reference
+from flashlla_jax.arguments import Implementation, check_number, check_precision, check_ridge, check_window
+from flashlla_jax.attention import Ridge, choose
+from flashlla_jax.decode_arguments import check_cache, check_lengths, check_mask, check_starts
+from flashlla_jax.interface import Options, SolverOptions
+from flashlla_jax.kernels import decode_call
+from flashlla_jax.sharding import by_shard, divisible, varying_like
+from flashlla_jax.visibility import LARGEST_POSITION, Visibility, dense, first_and_last
+
+
+def lla_decode(
+    query: Float[Array, "B T N D"],
+    key_cache: Float[Array, "B S K D"],
+    value_cache: Float[Array, "B S K Dv"],
+    lengths: int | Int[Array, ""] | Int[Array, " B"],
+    *,
+    starts: Int[Array, " B"] | None = None,
+    mask: Bool[Array, "#B #T #S"] | Bool[Array, "#B #N #T #S"] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    ridge_lambda: Ridge = 10.0,
+    qk_scale: float | None = None,
+    precision: lax.PrecisionLike = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T N Dv"]:
+    """Local Linear Attention of the last 1 to 8 tokens of every row of a cache: one step of generation.
+
+    Gives what causal :func:`~flashlla_jax.lla_attention` over the written part of the cache gives for these tokens,
+    but solves exactly, in one pass over what they see. The tokens' own keys and values are in the cache already:
+    query t of row b has position ``lengths[b] - T + t`` and sees the keys at positions from ``starts[b]`` to its own,
+    less what the window and the mask hide. A query that sees no key has output zero and no gradient. What lies in the
+    cache where no query sees it counts for nothing, be it NaN.
+
+    Differentiable once, in reverse mode, in query, caches and ridge; the gradient is computed by XLA everywhere. Works
+    under ``jax.jit``, ``jax.vmap``, ``jax.lax.scan`` and ``jax.shard_map``, and on meshes, with cache and tokens
+    sharded along the batch or the heads.
+
+    Args:
+        query: ``(B, T, N, D)``, T from 1 to 8. bfloat16, float16, float32 or float64.
+        key_cache: ``(B, S, K, D)``, K dividing N: each key/value head serves N / K query heads, for which it is read
+            once. A dtype of the query's list, which may be another than the query's, or float8_e4m3fn or float8_e5m2.
+        value_cache: ``(B, S, K, Dv)``, in the dtype of ``key_cache``.
+        lengths: How many positions of each row are written, the tokens included: an int or an integer scalar for all
+            rows, or ``(B,)``. From 0 to S: what lies outside is an error where it is known, in Python or NumPy, and
+            NaN in the row's output elsewhere. Where it is less than T, the first queries have positions below 0 and
+            see no key.
+        starts: ``(B,)`` integers, the first position of each row, for prompts that are padded on the left; None for 0.
+        mask: Boolean, True where a key is visible: ``(B, T, S)`` or ``(B, N, T, S)``, with 1 in place of any axis.
+            Costs its own memory, and a search of it; prefer lengths, starts and window where they say the same.
+        local_window_size: As in :func:`~flashlla_jax.lla_attention`.
+        ridge_lambda: As in :func:`~flashlla_jax.lla_attention`; broadcasts to ``(B, T, N)``.
+        qk_scale: As in :func:`~flashlla_jax.lla_attention`.
+        precision: As in :func:`~flashlla_jax.lla_attention`; of the Triton kernels. XLA and the reference are exact.
+        implementation: ``"triton"``, ``"xla"``, ``"reference"`` or None, as in :func:`~flashlla_jax.lla_attention`.
+
+    Returns:
+        The output in the query's dtype, ``(B, T, N, Dv)``.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape does not fit, or a number is out of range.
+        NotImplementedError: The named implementation cannot serve this call here, or an array is sharded along its
+            length or its last axis, or the key/value heads do not divide among the devices.
+    """
+    query, key, value = check_cache(query, key_cache, value_cache)
+    window = None if local_window_size is None else check_window(local_window_size)
+    hiding = {
+        "lengths": check_lengths(lengths, query, key),
+        "starts": None if starts is None else check_starts(starts, query),
+        "mask": None if mask is None else check_mask(mask, query, key),
+    }
+    lam = check_ridge(ridge_lambda, query)
+    scale = query.shape[-1] ** -0.5 if qk_scale is None else check_number("qk_scale", qk_scale, -math.inf)
+    chosen = choose("lla_decode", implementation, decode_call.refusal(query, key, value))
+    static = _Static(window, scale, check_precision(precision), chosen)
+    return _run(static, query, key, value, lam, {name: x for name, x in hiding.items() if x is not None})
+
+
+class _Static(NamedTuple):
+    """What of a call is known when it is traced."""
+
+    window: tuple[int, int] | None
+    qk_scale: float
+    precision: lax.Precision
+    implementation: Implementation | None  # None for what fits the platform
+
+
+class _Call(NamedTuple):
+    """The arrays of a call, on the canonical layout."""
+
+    query: Float[Array, "B T N D"]
+    key: Float[Array, "B S K D"]
+    value: Float[Array, "B S K Dv"]
+    lam: Float[Array, "B T N"]
+    seen: Visibility
+    first: Int[Array, "B T N"]  # position of the first key that a query sees
+
+
+@partial(jax.jit, static_argnums=0)  # so that a call outside of any jit is compiled once
+def _run(static: _Static, query: Array, key: Array, value: Array, lam: Array, hiding: dict[str, Any]) -> Array:
+    return by_shard(partial(_attend, static), query, key, value, lam, hiding)[0]
+
+
+def _attend(
+    static: _Static, query: Array, key: Array, value: Array, lam: Array, hiding: dict[str, Any]
+) -> tuple[Array, tuple[()]]:
+    batch, tokens, heads, _ = query.shape
+    capacity = key.shape[1]
+    lengths = jnp.broadcast_to(hiding["lengths"], (batch,))
+    seen = _visibility(static.window, lengths, hiding.get("starts"), hiding.get("mask"), tokens, capacity)
+    if static.implementation == "reference":
+        no_solver = SolverOptions(None, None, 1, False)
+        options = Options(static.qk_scale, 0.0, no_solver, static.precision)
+        o, _ = reference.attention(query, key, value, lam, seen, options)
+    else:
+        o: Any = _decode(static, _Call(query, key, value, lam, seen, _first_seen(seen, heads, capacity)))
+    valid = (lengths >= 0) & (lengths <= capacity)
+    return jnp.where(valid[:, None, None, None], o, jnp.nan), ()
+
+
+def _visibility(
+    window: tuple[int, int] | None, lengths: Array, starts: Array | None, mask: Array | None, tokens: int, keys: int
+) -> Visibility:
+    """One interval a query, ``(B, T)``; inside of it the mask is looked at."""
+    position = lengths[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)[None]
+    start, end = jnp.zeros_like(position), jnp.clip(position + 1, 0, keys)
+    if window is not None:
+        start = jnp.maximum(start, position - min(window[0], LARGEST_POSITION))
+    if starts is not None:
+        start = jnp.maximum(start, starts[:, None])
+    some = start < end
+    seen = Visibility(jnp.where(some, start, 0), jnp.where(some, end, 0), None, None, None, mask, False, False)
+    if mask is None:
+        return seen
+    start, end = first_and_last(jnp.any(dense(seen, keys), axis=1))
+    return Visibility(start, end, None, None, None, mask, False, False)
+
+
+def _first_seen(seen: Visibility, heads: int, keys: int) -> Array:
+    shape = (*seen.start.shape, heads)
+    if seen.mask is None or seen.mask.shape[1] == 1:
+        return jnp.broadcast_to(seen.start[..., None], shape)
+    return jnp.broadcast_to(jnp.moveaxis(jnp.argmax(dense(seen, keys), axis=3), 1, 2).astype(jnp.int32), shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _decode(static: _Static, call: _Call) -> Array:
+    return _folding(static)(call)
+
+
+def _decode_fwd(static: _Static, call: _Call) -> tuple[Array, _Call]:
+    return _decode(static, call), call
+
+
+def _decode_bwd(static: _Static, call: _Call, g: Array) -> tuple[_Call]:
+    def run(query: Array, key: Array, value: Array, lam: Array) -> Array:
+        return decode_xla.decode(query, key, value, lam, call.seen, call.first, static.qk_scale, reversible=True)
+
+    gradients = jax.vjp(run, *call[:4])[1](g)
+    return (_Call(*gradients, None, None),)  # type: ignore[arg-type]
+
+
+_decode.defvjp(_decode_fwd, _decode_bwd)
+
+
+def _folding(static: _Static) -> Any:
+    """The call of an implementation; what ``jax.vmap`` maps is folded into the batch."""
+
+    @custom_vmap
+    def run(call: _Call) -> Array:
+        return _implementation(static, call)
+
+    @run.def_vmap
+    def _mapped(size: int, arguments_mapped: list[_Call], call: _Call) -> tuple[Array, bool]:
+        (mapped,) = arguments_mapped
+        batch = call.query.shape[1 if mapped.query else 0]
+
+        def fold(x: Array, is_mapped: bool) -> Array:
+            x = x if is_mapped else x[None]
+            x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
+            return x.reshape(size * batch, *x.shape[2:])
+
+        o = run(jax.tree.map(fold, call, mapped))
+        return o.reshape(size, batch, *o.shape[1:]), True
+
+    return run
+
+
+def _implementation(static: _Static, call: _Call) -> Array:
+    def xla(*call: Any) -> Array:
+        return varying_like(decode_xla.decode(*_Call(*call), static.qk_scale), call)
+
+    def triton(*call: Any) -> Array:
+        run = divisible(partial(decode_call.decode, qk_scale=static.qk_scale, precision=static.precision))
+        return varying_like(run(*call), call)
+
+    if static.implementation is None:
+        return lax.platform_dependent(*call, cuda=triton, default=xla)
+    return (triton if static.implementation == "triton" else xla)(*call)

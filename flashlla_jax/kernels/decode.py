@@ -1,0 +1,308 @@
+"""The kernels of a decode step: the moments of what a query sees, by split of the cache, and the solve from all splits.
+
+For every query (row) the cache is cut into SPLITS parts, so that there is work for the whole GPU at any batch size. A
+program of the first kernel takes BD of the key's features of one row and one split, and gathers there
+
+    top = max_j s_j,  omega = sum_j p_j,  kbar, vbar,  M = sum_j p_j (k_j - kbar) (k_j - kbar, v_j - vbar)^T
+
+with p_j = exp2(s_j - top). Keys are relative to the first key that the row sees. M is a product for the tensor cores:
+the weighted keys as hi + lo halves times keys and values as they lie in the cache. The sum of the weighted keys as they
+were rounded times kbar and vbar is taken off at the end, so that rounding a weighted key counts as if its key had moved
+by it: relative to the mean, not to the origin.
+
+A program of the second kernel merges the splits of one row (Chan, Golub and LeVeque 1979) and solves by conjugate
+gradients on the matrix scaled to a unit diagonal. Nothing is added atomically: the same inputs give the same bits.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+# The largest logit before any, and of a split that sees no key: finite, so that there is no inf - inf.
+NO_LOGIT: tl.constexpr = tl.constexpr(-3e38)
+
+
+class Partials(NamedTuple):
+    """What a split leaves; of every one of rows x SPLITS."""
+
+    top: tl.tensor
+    omega: tl.tensor
+    means: tl.tensor  # (DP + DVP,): kbar and vbar
+    moments: tl.tensor  # (DP, DP + DVP): M
+
+
+@triton.jit
+def row_of(number, T, c: tl.constexpr):
+    """Batch entry, token, query head and key head of a row; those of one key head follow each other."""
+    GROUP: tl.constexpr = c.HEADS // c.KV_HEADS
+    member = number % GROUP
+    token = number // GROUP % T
+    kv_head = number // GROUP // T % c.KV_HEADS
+    batch = (number // GROUP // T // c.KV_HEADS).to(tl.int64)
+    return batch, token, kv_head * GROUP + member, kv_head
+
+
+@triton.jit
+def mask_offset(batch, token, head, T, S, c: tl.constexpr):
+    """Where a row begins in the mask, whose axes are as long as the call's or 1: MASK_B to MASK_S are then 1 or 0."""
+    tokens = 1 + c.MASK_T * (T - 1)
+    keys = 1 + c.MASK_S * (S - 1)
+    heads = 1 + c.MASK_N * (c.HEADS - 1)
+    return ((c.MASK_B * batch * heads + c.MASK_N * head) * tokens + c.MASK_T * token) * keys
+
+
+@triton.jit
+def load_block(
+    base, n0, end, visible, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, c: tl.constexpr
+):
+    """BN rows of the cache, zero where they are not visible, in the products' dtype."""
+    rows = n0 + tl.arange(0, c.BN)
+    columns = tl.arange(0, PADDED)
+    inside = visible[:, None] & (columns[None, :] < WIDTH)
+    block = tl.load(base + rows.to(tl.int64)[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0)
+    if c.UPCAST:
+        block = block.to(tl.float32)
+    elif c.WIDEN:
+        block = block.to(tl.bfloat16)  # float8 is exact in it
+    return block
+
+
+@triton.jit
+def product(a, b, acc, c: tl.constexpr):
+    """acc + a b, ``a`` float32: as it is, or as halves in the dtype of b."""
+    if c.UPCAST:
+        return tl.dot(a, b, acc=acc, input_precision=c.PRECISION)
+    hi = a.to(b.dtype)
+    lo = (a - hi.to(tl.float32)).to(b.dtype)
+    acc = tl.dot(lo, b, acc=acc)
+    return tl.dot(hi, b, acc=acc)
+
+
+@triton.jit
+def moments_kernel(
+    q, k, v, start_ptr, end_ptr, first_ptr, mask_ptr, T, S, tops, omegas, means, moments, c: tl.constexpr
+):
+    """One row, one split, BD features. Grid: the chunks of features, then the rows, then the splits."""
+    CHUNKS: tl.constexpr = c.DP // c.BD
+    chunk = tl.program_id(0) % CHUNKS
+    number = tl.program_id(0) // CHUNKS // c.SPLITS
+    split = tl.program_id(0) // CHUNKS % c.SPLITS
+    batch, token, head, kv_head = row_of(number, T, c)
+    start = tl.load(start_ptr + batch * T + token)
+    end = tl.load(end_ptr + batch * T + token)
+    blocks = tl.cdiv(tl.cdiv(end - start, c.BN), c.SPLITS)
+    low = start + split * blocks * c.BN
+    high = tl.minimum(low + blocks * c.BN, end)
+
+    d, dv, chunk_d = tl.arange(0, c.DP), tl.arange(0, c.DVP), chunk * c.BD + tl.arange(0, c.BD)
+    k_base = k + (batch * S * c.KV_HEADS + kv_head) * c.D
+    v_base = v + (batch * S * c.KV_HEADS + kv_head) * c.DV
+    q_base = q + ((batch * T + token) * c.HEADS + head) * c.D
+    first = tl.load(first_ptr + (batch * T + token) * c.HEADS + head).to(tl.int64)
+    sees = high > low
+    origin_ptr = k_base + first * (c.KV_HEADS * c.D)
+    origin = tl.load(origin_ptr + d, mask=(d < c.D) & sees, other=0.0).to(tl.float32)
+    chunk_origin = tl.load(origin_ptr + chunk_d, mask=(chunk_d < c.D) & sees, other=0.0).to(tl.float32)
+    query = tl.load(q_base + d, mask=d < c.D, other=0.0).to(tl.float32) * c.SCALE
+    mask_row = mask_ptr
+    if c.MASK:
+        mask_row += mask_offset(batch, token, head, T, S, c)
+
+    top = NO_LOGIT
+    omega = 0.0
+    k_sum = tl.zeros((c.DP,), tl.float32)
+    v_sum = tl.zeros((c.DVP,), tl.float32)
+    weighted_sum = tl.zeros((c.BD,), tl.float32)
+    kk = tl.zeros((c.BD, c.DP), tl.float32)
+    kv = tl.zeros((c.BD, c.DVP), tl.float32)
+    for n0 in tl.range(low, high, c.BN, num_stages=c.STAGES):
+        columns = n0 + tl.arange(0, c.BN)
+        visible = columns < high
+        if c.MASK:
+            visible = visible & (tl.load(mask_row + columns * c.MASK_S, mask=visible, other=0) != 0)
+        K = load_block(k_base, n0, high, visible, c.KV_HEADS * c.D, c.D, c.DP, c)
+        V = load_block(v_base, n0, high, visible, c.KV_HEADS * c.DV, c.DV, c.DVP, c)
+        relative = tl.where(visible[:, None], K.to(tl.float32) - origin[None, :], 0.0)
+        s = tl.where(visible, tl.sum(relative * query[None, :], 1), NO_LOGIT)
+        new_top = tl.maximum(top, tl.max(s, 0))
+        p = tl.where(visible, tl.math.exp2(s - new_top), 0.0)
+        shrink = tl.math.exp2(top - new_top)
+        top = new_top
+        omega = omega * shrink + tl.sum(p, 0)
+        k_sum = k_sum * shrink + tl.sum(p[:, None] * relative, 0)
+        v_sum = v_sum * shrink + tl.sum(p[:, None] * V.to(tl.float32), 0)
+        if CHUNKS == 1:
+            weighted = relative
+        else:
+            part = load_chunk(k_base, columns, chunk_d, visible, c)
+            weighted = tl.where(visible[:, None], part - chunk_origin[None, :], 0.0)
+        weighted = tl.trans(p[:, None] * weighted)
+        operand = K
+        if c.UPCAST:
+            operand = relative
+        weighted_sum = weighted_sum * shrink + rounded_sum(weighted, K, c)
+        # all of this before the products: what comes between them would make the tensor cores wait
+        kk *= shrink
+        kv *= shrink
+        kk = product(weighted, operand, kk, c)
+        kv = product(weighted, V, kv, c)
+
+    total = tl.where(omega > 0.0, omega, 1.0)
+    kbar, vbar = k_sum / total, v_sum / total
+    shift = kbar
+    if not c.UPCAST:
+        shift += origin  # the products are of the keys as they lie in the cache
+    kk -= weighted_sum[:, None] * shift[None, :]
+    kv -= weighted_sum[:, None] * vbar[None, :]
+
+    place = number.to(tl.int64) * c.SPLITS + split
+    WIDTH: tl.constexpr = c.DP + c.DVP
+    if chunk == 0:
+        tl.store(tops + place, top)
+        tl.store(omegas + place, omega)
+        tl.store(means + place * WIDTH + d, kbar)
+        tl.store(means + place * WIDTH + c.DP + dv, vbar)
+    base = moments + (place * c.DP + chunk_d)[:, None] * WIDTH
+    tl.store(base + d[None, :], kk)
+    tl.store(base + c.DP + dv[None, :], kv)
+
+
+@triton.jit
+def load_chunk(base, rows, columns, visible, c: tl.constexpr):
+    """BD features of BN keys, from the cache that the whole keys were just read from."""
+    inside = visible[:, None] & (columns[None, :] < c.D)
+    pointers = base + rows.to(tl.int64)[:, None] * (c.KV_HEADS * c.D) + columns[None, :]
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def rounded_sum(weighted, K, c: tl.constexpr):
+    """The sum of the weighted keys over the keys, of what the products are taken of."""
+    if not c.UPCAST:
+        hi = weighted.to(K.dtype).to(tl.float32)
+        weighted = hi + (weighted - hi).to(K.dtype).to(tl.float32)
+    return tl.sum(weighted, 1)
+
+
+@triton.jit
+def solve_kernel(q, k, lam_ptr, first_ptr, tops, omegas, means, moments, T, S, o, c: tl.constexpr):
+    """The output of one row."""
+    number = tl.program_id(0)
+    batch, token, head, kv_head = row_of(number, T, c)
+    d, dv = tl.arange(0, c.DP), tl.arange(0, c.DVP)
+    row = (batch * T + token) * c.HEADS + head
+    lam = tl.load(lam_ptr + row)
+    partials = Partials(
+        tops + number.to(tl.int64) * c.SPLITS,
+        omegas + number.to(tl.int64) * c.SPLITS,
+        means + number.to(tl.int64) * c.SPLITS * (c.DP + c.DVP),
+        moments + number.to(tl.int64) * c.SPLITS * (c.DP * (c.DP + c.DVP)),
+    )
+    top, omega, kbar, vbar = merge_means(partials, c)
+    blind = omega == 0.0
+    total = tl.where(blind, 1.0, omega)
+    first = tl.load(first_ptr + row).to(tl.int64)
+    origin_ptr = k + (batch * S * c.KV_HEADS + kv_head) * c.D + first * (c.KV_HEADS * c.D)
+    origin = tl.load(origin_ptr + d, mask=(d < c.D) & (blind == 0), other=0.0).to(tl.float32)
+    query = tl.load(q + row * c.D + d, mask=d < c.D, other=0.0).to(tl.float32)
+    m = tl.where(blind, 0.0, (query - origin) - kbar)
+
+    A = merge_keys(partials, top, total, kbar, c)
+    x = solve(A, tl.where(blind, 1.0, lam), m, c)
+    x = tl.where((lam == lam) | blind, x, float("nan"))  # a bad ridge never gives a plausible number
+    out = vbar + times_values(partials, top, total, kbar, vbar, x, c)
+    tl.store(o + row * c.DV + dv, tl.where(blind, 0.0, out), mask=dv < c.DV)
+
+
+@triton.jit
+def merge_means(partials, c: tl.constexpr):
+    """The largest logit, the sum of the weights relative to it, kbar and vbar of all splits."""
+    WIDTH: tl.constexpr = c.DP + c.DVP
+    d, dv = tl.arange(0, c.DP), tl.arange(0, c.DVP)
+    top = NO_LOGIT
+    for i in range(c.SPLITS):
+        top = tl.maximum(top, tl.load(partials.top + i))
+    omega = 0.0
+    kbar = tl.zeros((c.DP,), tl.float32)
+    vbar = tl.zeros((c.DVP,), tl.float32)
+    for i in range(c.SPLITS):
+        weight = tl.load(partials.omega + i) * tl.math.exp2(tl.load(partials.top + i) - top)
+        omega += weight
+        kbar += weight * tl.load(partials.means + i * WIDTH + d)
+        vbar += weight * tl.load(partials.means + i * WIDTH + c.DP + dv)
+    total = tl.where(omega > 0.0, omega, 1.0)
+    return top, omega, kbar / total, vbar / total
+
+
+@triton.jit
+def merge_keys(partials, top, total, kbar, c: tl.constexpr):
+    """Cov_p(k, k): within the splits, and between their means."""
+    WIDTH: tl.constexpr = c.DP + c.DVP
+    d = tl.arange(0, c.DP)
+    A = tl.zeros((c.DP, c.DP), tl.float32)
+    for i in range(c.SPLITS):
+        shrink = tl.math.exp2(tl.load(partials.top + i) - top) / total
+        weight = shrink * tl.load(partials.omega + i)
+        A += shrink * tl.load(partials.moments + (i * c.DP + d[:, None]) * WIDTH + d[None, :])
+        means = partials.means + i * WIDTH + d
+        between = tl.load(means) - kbar
+        A += weight * between[:, None] * between[None, :]
+    return A
+
+
+@triton.jit
+def times_values(partials, top, total, kbar, vbar, x, c: tl.constexpr):
+    """Cov_p(v, k) x."""
+    WIDTH: tl.constexpr = c.DP + c.DVP
+    d, dv = tl.arange(0, c.DP), tl.arange(0, c.DVP)
+    out = tl.zeros((c.DVP,), tl.float32)
+    for i in range(c.SPLITS):
+        shrink = tl.math.exp2(tl.load(partials.top + i) - top) / total
+        weight = shrink * tl.load(partials.omega + i)
+        means = partials.means + i * WIDTH
+        along = tl.sum(x * (tl.load(means + d) - kbar), 0)
+        out += weight * along * (tl.load(means + c.DP + dv) - vbar)
+        M = tl.load(partials.moments + (i * c.DP + d[:, None]) * WIDTH + c.DP + dv[None, :])
+        out += shrink * tl.sum(x[:, None] * M, 0)
+    return out
+
+
+@triton.jit
+def solve(A, lam, m, c: tl.constexpr):
+    """(A + lam I)^-1 m by conjugate gradients, on the matrix scaled to a unit diagonal.
+
+    Large keys, or a ridge that is small beside their covariance, leave a matrix that rounding may have made indefinite:
+    D times the rounding of its entries, on the diagonal, makes it definite again. What this changes in directions that
+    rounding has not swallowed, two rounds of iterative refinement restore.
+
+    A round stops when its error is small in the norm of the matrix, beside the solution: |r|^2 over the least
+    eigenvalue bounds the one's square, the sum of alpha |r|^2 is the other's.
+    """
+    d = tl.arange(0, c.DP)
+    eye = d[:, None] == d[None, :]
+    diagonal = tl.sum(tl.where(eye, A, 0.0), 1) + lam
+    scale = 1.0 / tl.sqrt(diagonal)
+    A = tl.where(eye, 1.0, A * scale[:, None] * scale[None, :])
+    least = tl.minimum(lam / tl.max(diagonal, 0), 1.0) + c.ROUNDING
+    m = scale * m
+    x = tl.zeros_like(m)
+    energy = 0.0
+    for _ in range(3):
+        r = m - tl.sum(A * x[None, :], 1)
+        p = r
+        rr = tl.sum(r * r, 0)
+        step = 0
+        while (step < c.MAX_STEPS) & (rr > c.TOLERANCE * least * energy):
+            Ap = tl.sum(A * p[None, :], 1) + c.ROUNDING * p
+            pAp = tl.sum(p * Ap, 0)
+            definite = pAp > 0.0  # else there is nothing left to gain
+            alpha = tl.where(definite, rr / pAp, 0.0)
+            x += alpha * p
+            r -= alpha * Ap
+            energy += alpha * rr
+            new_rr = tl.sum(r * r, 0)
+            p = r + (new_rr / rr) * p
+            rr = tl.where(definite, new_rr, 0.0)
+            step += 1
+    return x * scale

@@ -1,0 +1,208 @@
+"""A decode step by Triton kernels: which shapes they take, what they are compiled for, and the two launches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from flashlla_jax.interface import usable_ridge
+from flashlla_jax.kernels import launch
+from flashlla_jax.kernels.plan import padded
+from flashlla_jax.visibility import Visibility
+
+_LOG2_E = math.log2(math.e)
+_LARGEST_DIM = 256
+# Programs of the first kernel at least, where the cache is long enough to be split: four for each SM of an H100.
+_PROGRAMS = 4 * 132
+# Blocks that a split has at least: below that its moments, of D times D + Dv numbers, cost more than reading its keys.
+_BLOCKS_PER_SPLIT = 4
+
+
+class DecodeLaunch(NamedTuple):
+    """Keys per block, features per program, warps per program, and depth of the software pipeline."""
+
+    BN: int
+    BD: int
+    num_warps: int
+    num_stages: int
+
+
+class DecodePlan(NamedTuple):
+    """How a step is computed."""
+
+    upcast: bool  # the cache to float32 after loading; else it is bfloat16, or float8 and widened to that
+    precision: str  # of a float32 product
+    tolerance: float  # of the solve, see kernels/decode.py
+    moments: DecodeLaunch
+    solve: DecodeLaunch
+
+
+@dataclass(frozen=True)
+class DecodeConstants:
+    """What the kernels are compiled for.
+
+    Attributes:
+        HEADS, KV_HEADS: query heads, and key/value heads.
+        D, DV: head dimensions of keys and of values.
+        DP, DVP: the same padded to powers of two, 16 at least.
+        BN, BD: keys of a block, and features of a program.
+        STAGES: depth of the software pipeline.
+        SPLITS: parts that the cache is cut into.
+        SCALE: factor of the logits, in units of log 2.
+        UPCAST, PRECISION: the products are of float32, at this precision.
+        WIDEN: the cache is float8.
+        MASK: a boolean mask is looked at.
+        MASK_B, MASK_N, MASK_T, MASK_S: 1 for the axes that the mask has; the others are of size 1.
+        ROUNDING: what is added to the scaled matrix's diagonal.
+        TOLERANCE, MAX_STEPS: how the solve stops.
+    """
+
+    HEADS: int
+    KV_HEADS: int
+    D: int
+    DV: int
+    DP: int
+    DVP: int
+    BN: int
+    BD: int
+    STAGES: int
+    SPLITS: int
+    SCALE: float
+    UPCAST: bool
+    PRECISION: str
+    WIDEN: bool
+    MASK: bool
+    MASK_B: int
+    MASK_N: int
+    MASK_T: int
+    MASK_S: int
+    ROUNDING: float
+    TOLERANCE: float
+    MAX_STEPS: int
+
+
+# By bytes of a product's operand and padded head dimension, the larger of the key's and the value's: the first kernel.
+# Chosen by what the compiler makes of them for Hopper: the largest that spill no registers.
+_MOMENTS = {
+    2: {64: DecodeLaunch(64, 64, 4, 3), 128: DecodeLaunch(32, 128, 8, 3), 256: DecodeLaunch(32, 32, 8, 2)},
+    4: {64: DecodeLaunch(32, 64, 8, 2), 128: DecodeLaunch(16, 64, 8, 1), 256: DecodeLaunch(16, 32, 8, 1)},
+}
+# The second one holds the matrix of a row in registers.
+_SOLVE = {64: 4, 128: 8, 256: 16}
+
+
+def plan_for(key: Any, value: Any, precision: lax.Precision) -> DecodePlan:
+    """The plan for a cache of these dtypes and dimensions."""
+    upcast = key.dtype in (jnp.float32, jnp.float16) or precision == lax.Precision.HIGHEST
+    widest = max(64, padded(key.shape[-1]), padded(value.shape[-1]))
+    shape = _MOMENTS[4 if upcast else 2][widest]
+    return DecodePlan(
+        upcast,
+        "ieee" if precision == lax.Precision.HIGHEST else "tf32x3",
+        # of the square of a relative error; bfloat16 rounds to 2^-9
+        1e-12 if upcast else 1e-7,
+        shape._replace(BD=min(shape.BD, padded(key.shape[-1]))),
+        DecodeLaunch(0, 0, _SOLVE[widest], 1),
+    )
+
+
+def refusal(query: Any, key: Any, value: Any) -> str | None:
+    """Why these kernels cannot serve this call, or None."""
+    if jnp.float64 in (query.dtype, key.dtype):
+        return "it does not compute in float64"
+    widest = max(key.shape[-1], value.shape[-1])
+    if widest > _LARGEST_DIM:
+        return f"its head dimension is at most {_LARGEST_DIM}, got {widest}"
+    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+    if key.dtype.itemsize == 1 and float(capability) < 9.0:
+        return f"a float8 cache needs compute capability 9.0, this GPU has {capability}"
+    return None
+
+
+def decode(
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K Dv"],
+    lam: Float[Array, "B T N"],
+    seen: Visibility,
+    first: Int[Array, "B T N"],
+    *,
+    qk_scale: float,
+    precision: lax.Precision,
+) -> Float[Array, "B T N Dv"]:
+    """``decode_xla.decode`` by two kernels."""
+    from flashlla_jax.kernels.decode import moments_kernel, solve_kernel
+
+    batch, tokens, heads, _ = query.shape
+    capacity, _, value_dim = value.shape[1:]
+    plan = plan_for(key, value, precision)
+    rows = batch * tokens * heads
+    c = _constants(query, key, value, seen, qk_scale, plan)
+    mask = jnp.zeros((1, 1), jnp.int8) if seen.mask is None else seen.mask.astype(jnp.int8)
+    start, end = (jnp.broadcast_to(x, (batch, tokens)) for x in (seen.start, seen.end))
+
+    def partial_result(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, c.SPLITS, *shape), jnp.float32)
+
+    partials = launch.call(
+        moments_kernel,
+        rows * c.SPLITS * (c.DP // c.BD),
+        (query, key, value, start, end, first, mask),
+        (tokens, capacity),
+        (
+            partial_result(),
+            partial_result(),
+            partial_result(c.DP + c.DVP),
+            partial_result(c.DP, c.DP + c.DVP),
+        ),
+        plan.moments,
+        c,
+    )
+    (o,) = launch.call(
+        solve_kernel,
+        rows,
+        (query, key, usable_ridge(lam), first, *partials),
+        (tokens, capacity),
+        (jax.ShapeDtypeStruct((batch, tokens, heads, value_dim), query.dtype),),
+        plan.solve,
+        c,
+    )
+    return o
+
+
+def _constants(
+    query: Any, key: Any, value: Any, seen: Visibility, qk_scale: float, plan: DecodePlan
+) -> DecodeConstants:
+    batch, tokens, heads, dim = query.shape
+    capacity, kv_heads, value_dim = value.shape[1:]
+    shape = plan.moments
+    programs = max(1, batch * tokens * heads * (padded(dim) // shape.BD))
+    splits = min(-(-_PROGRAMS // programs), -(-capacity // (_BLOCKS_PER_SPLIT * shape.BN)))
+    axes = (1, 1, 1, 1) if seen.mask is None else seen.mask.shape
+    return DecodeConstants(
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        D=dim,
+        DV=value_dim,
+        DP=padded(dim),
+        DVP=padded(value_dim),
+        BN=shape.BN,
+        BD=shape.BD,
+        STAGES=shape.num_stages,
+        SPLITS=splits,
+        SCALE=qk_scale * _LOG2_E,
+        UPCAST=plan.upcast,
+        PRECISION=plan.precision,
+        WIDEN=key.dtype.itemsize == 1,
+        MASK=seen.mask is not None,
+        **dict(zip(("MASK_B", "MASK_N", "MASK_T", "MASK_S"), (int(n > 1) for n in axes), strict=True)),
+        ROUNDING=2 * dim * float(jnp.finfo(jnp.float32).eps),
+        TOLERANCE=plan.tolerance,
+        MAX_STEPS=4 * dim + 32,
+    )
