@@ -69,7 +69,7 @@ def main() -> None:
     arguments = parser.parse_args()
     compilations: list[str] = []
 
-    def record(event: str, seconds: float, **_: Any) -> None:
+    def record(event: str, duration_secs: float, **kwargs: Any) -> None:
         if event.endswith("backend_compile_duration"):
             compilations.append(event)
 

@@ -17,8 +17,8 @@ blocks go from the first to the last that any query of the block sees: what lies
 Within a query block every key is taken relative to the block's origin (origin.py).
 
 a_ij sums to 1 under p by definition, and b_ij to 0. So both are taken as what is left of products when their mean under
-p is subtracted, and once more what rounding left of that mean (_centred): where one key holds all the weight, or the
-products are huge, the large parts cancel exactly.
+p is subtracted. A product of 1e5 is good to 1e-2 in float32, and so would be that mean: about as much, kbar.x, is
+subtracted first. Where one key holds all the weight, or the products are huge, the large parts then cancel exactly.
 
 A mask is cut with the queries: what one block of them sees is a boolean strip as large as a quarter of its weights.
 """
@@ -228,7 +228,7 @@ class _Strips(NamedTuple):
 
     k: Float[Array, "J H C D"]  # relative to the block's origin
     weights: Float[Array, "J H R C"]  # p_ij
-    kx: Float[Array, "J H R C"]  # k_j.x_i less its mean under p
+    kx: Float[Array, "J H R C"]  # k_j.x_i less about its mean
     gamma: Float[Array, "J H R C"] | None  # in the backward pass
 
 
@@ -307,17 +307,6 @@ def _normalised(strips: _Strips, queries: _Queries, omega: Array) -> tuple[_Stri
     return strips._replace(weights=weights), total
 
 
-def _centred(strip: Array, weights: Array, queries: _Queries, mean: Array) -> tuple[Array, Array]:
-    """The strip less its mean, and the mean that rounding left: of products of 1e5 the mean itself is good to 1e-2."""
-
-    def term(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        strip, left = carry
-        x = strip[j] - mean[..., None]
-        return strip.at[j].set(x), left + jnp.sum(weights[j] * x, axis=-1)
-
-    return lax.fori_loop(queries.first, queries.stop, term, (strip, jnp.zeros_like(mean)))
-
-
 def _forward_block(
     strips: _Strips,
     queries: _Queries,
@@ -345,13 +334,14 @@ def _forward_block(
     solution = _solve(block, m, options, tol)
     x = jnp.where(jnp.isnan(lam)[..., None], jnp.nan, solution.x)  # a bad ridge never gives a plausible number
 
+    near = jnp.sum(kbar * x, axis=-1)[..., None]
+
     def products(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         kx, mean = carry
-        product = _rows_by_keys(x, strips.k[j], tol.dot)
+        product = _rows_by_keys(x, strips.k[j], tol.dot) - near
         return kx.at[j].set(product), mean + jnp.sum(strips.weights[j] * product, axis=-1)
 
     kx, mean = lax.fori_loop(queries.first, queries.stop, products, (strips.kx, jnp.zeros_like(lam)))
-    kx, mean = _centred(kx, strips.weights, queries, mean)
     o = _add_up(
         queries,
         jnp.zeros_like(q, shape=(*q.shape[:2], v.shape[-1])),
@@ -382,12 +372,14 @@ def _backward_block(
     strips, _ = _logits(strips, queries, keys, visible, options.qk_scale, tol.dot)
     k = strips.k
 
+    near_x = jnp.sum(saved.kbar * x, axis=-1)[..., None]
+
     def weights_and_products(j: Array, carry: tuple[_Strips, Array]) -> tuple[_Strips, Array]:
         strips, omega = carry
         assert strips.kx is not None
         assert strips.gamma is not None
         w = jnp.exp(strips.weights[j] - saved.top[..., None])
-        kx, gamma = _rows_by_keys(x, k[j], tol.dot), _rows_by_keys(g, v[j], tol.dot)
+        kx, gamma = _rows_by_keys(x, k[j], tol.dot) - near_x, _rows_by_keys(g, v[j], tol.dot)
         strips = strips._replace(
             weights=strips.weights.at[j].set(w), kx=strips.kx.at[j].set(kx), gamma=strips.gamma.at[j].set(gamma)
         )
@@ -404,8 +396,6 @@ def _backward_block(
         (zeros, zeros),
         lambda j: (jnp.sum(weights[j] * kx[j], axis=-1), jnp.sum(weights[j] * gamma[j], axis=-1)),
     )
-    kx, kx_mean = _centred(kx, weights, queries, kx_mean)
-    gamma, gbar = _centred(gamma, weights, queries, gbar)
 
     def rhs(j: Array) -> tuple[Array, Array]:
         t = weights[j] * (gamma[j] - gbar[..., None])
@@ -415,15 +405,15 @@ def _backward_block(
     y = y - t_sum[..., None] * saved.kbar
     block = _Block(strips, queries.first, queries.stop, saved.kbar, lam)
     u = _solve(block, y, options, tol).x
+    near_u = jnp.sum(saved.kbar * u, axis=-1)[..., None]
 
     def slopes(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         """gamma - k.u in gamma's place, and its mean: b_ij is the one less the other."""
         gamma, mean = carry
-        left = gamma[j] - _rows_by_keys(u, k[j], tol.dot)
+        left = gamma[j] - (_rows_by_keys(u, k[j], tol.dot) - near_u)
         return gamma.at[j].set(left), mean + jnp.sum(weights[j] * left, axis=-1)
 
     left, left_mean = loop(slopes, (gamma, zeros))
-    left, left_mean = _centred(left, weights, queries, left_mean)
     dlam = jnp.sum(u * x, axis=-1)
     ridge_term = (lam * dlam)[..., None]
 
