@@ -48,6 +48,13 @@ def import_example() -> Callable[[str], ModuleType]:
     return importlib.import_module
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """A file's programs are no other file's: together they are gigabytes, and slow the garbage collection down."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
     """For small shapes, where nearly all time goes into compilation: LLVM's part of it is left out."""

@@ -377,7 +377,7 @@ def test_visibility_is_its_definition(problem: tuple[Shape, dict[str, Any]]) -> 
     assert not seen.from_first or not np.any(seen.start)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(problems())
 def test_blockwise_is_the_reference_for_any_combination(problem: tuple[Shape, dict[str, Any]]) -> None:
     """Windows and offsets as arrays where they can be, so that programs are shared."""
