@@ -60,12 +60,17 @@ def check_arrays(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]
     if query.ndim == 4:
         if key.shape[2] != value.shape[2]:
             raise ValueError(f"key and value must have the same number of heads (third axis), got {shapes}")
-        if query.shape[2] % key.shape[2]:
-            raise ValueError(
-                f"the key/value heads (third axis) must divide the query heads, got {key.shape[2]} for "
-                f"{query.shape[2]}: {shapes}"
-            )
+        check_groups(query, key, shapes)
     return query, key, value
+
+
+def check_groups(query: Array, key: Array, shapes: str) -> None:
+    """Whether every key/value head serves as many query heads; ``shapes`` names them for the error."""
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"the key/value heads (third axis) must divide the query heads, got {key.shape[2]} for {query.shape[2]}: "
+            f"{shapes}"
+        )
 
 
 def check_hiding(
@@ -171,18 +176,24 @@ def _check_segments(segment_ids: Any, query: Array, key: Array) -> tuple[Array, 
 
 
 def _check_mask(mask: Any, query: Array, key: Array) -> Array:
+    batch, length, key_length = *query.shape[:2], key.shape[1]
+    if query.ndim == 3:
+        return check_mask(mask, {"(B, T, S)": (batch, length, key_length)})
+    return check_mask(mask, {"(B, N, T, S)": (batch, query.shape[2], length, key_length)})
+
+
+def check_mask(mask: Any, allowed: dict[str, tuple[int, ...]]) -> Array:
+    """A mask of one of the shapes allowed, by their axes' names and with 1 in place of any, as ``(#B, #N, #T, #S)``."""
     if not hasattr(mask, "shape") or not hasattr(mask, "dtype"):
         raise TypeError(f"mask must be a boolean array, got {type(mask).__name__}")
     if mask.dtype != np.bool_:
         raise TypeError(f"mask must be boolean, True where a key is visible, got dtype {mask.dtype}")
-    batch, length, key_length = *query.shape[:2], key.shape[1]
-    axes, full = "(B, T, S)", (batch, length, key_length)
-    if query.ndim == 4:
-        axes, full = "(B, N, T, S)", (batch, query.shape[2], length, key_length)
-    if len(mask.shape) != len(full) or any(n not in (1, m) for n, m in zip(mask.shape, full, strict=True)):
-        raise ValueError(f"mask must have the shape {axes} = {full}, or 1 in place of any, got {mask.shape}")
+    full = next((shape for shape in allowed.values() if len(shape) == len(mask.shape)), None)
+    if full is None or any(n not in (1, m) for n, m in zip(mask.shape, full, strict=True)):
+        shapes = " or ".join(f"{axes} = {shape}" for axes, shape in allowed.items())
+        raise ValueError(f"mask must have the shape {shapes}, or 1 in place of any, got {mask.shape}")
     mask = jnp.asarray(mask)
-    return mask if query.ndim == 4 else mask[:, None]
+    return mask if mask.ndim == 4 else mask[:, None]
 
 
 def check_integers(name: str, value: Any, allowed: str) -> Any:

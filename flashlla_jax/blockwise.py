@@ -428,7 +428,7 @@ def _backward_block(
         return dq, _Keys(dk.at[j].add(dk_j), dv.at[j].add(_keys_by_features(pa, g, tol.dot)))
 
     dq, grads = loop(gradients, (u, grads))
-    return (strips._replace(kx=kx, gamma=left), grads), (dq, dlam)
+    return (strips._replace(gamma=left), grads), (dq, dlam)
 
 
 def _start(queries: _Queries, keys: _Keys, backward: bool) -> _Strips:

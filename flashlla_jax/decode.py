@@ -13,11 +13,12 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from flashlla_jax import decode_xla, reference
-from flashlla_jax.arguments import Implementation, check_number, check_precision, check_ridge, check_window
+from flashlla_jax.arguments import Implementation, check_mask, check_number, check_precision, check_ridge, check_window
 from flashlla_jax.attention import Ridge, choose
-from flashlla_jax.decode_arguments import check_cache, check_lengths, check_mask, check_starts
+from flashlla_jax.decode_arguments import check_cache, check_lengths, check_starts
 from flashlla_jax.interface import Options, SolverOptions
 from flashlla_jax.kernels import decode_call
+from flashlla_jax.operator import folded
 from flashlla_jax.sharding import by_shard, divisible, varying_like
 from flashlla_jax.visibility import LARGEST_POSITION, Visibility, dense, first_and_last
 
@@ -77,10 +78,12 @@ def lla_decode(
     """
     query, key, value = check_cache(query, key_cache, value_cache)
     window = None if local_window_size is None else check_window(local_window_size)
+    batch, tokens, heads, _ = query.shape
+    masks = {"(B, T, S)": (batch, tokens, key.shape[1]), "(B, N, T, S)": (batch, heads, tokens, key.shape[1])}
     hiding = {
         "lengths": check_lengths(lengths, query, key),
         "starts": None if starts is None else check_starts(starts, query),
-        "mask": None if mask is None else check_mask(mask, query, key),
+        "mask": None if mask is None else check_mask(mask, masks),
     }
     lam = check_ridge(ridge_lambda, query)
     scale = query.shape[-1] ** -0.5 if qk_scale is None else check_number("qk_scale", qk_scale, -math.inf)
@@ -188,12 +191,7 @@ def _folding(static: _Static) -> Any:
         (mapped,) = arguments_mapped
         batch = call.query.shape[1 if mapped.query else 0]
 
-        def fold(x: Array, is_mapped: bool) -> Array:
-            x = x if is_mapped else x[None]
-            x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
-            return x.reshape(size * batch, *x.shape[2:])
-
-        o = run(jax.tree.map(fold, call, mapped))
+        o = run(jax.tree.map(partial(folded, size, batch), call, mapped))
         return o.reshape(size, batch, *o.shape[1:]), True
 
     return run

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from flashlla_jax.arguments import check_integers
+from flashlla_jax.arguments import check_groups, check_integers
 
 # The state of a query is a D x D matrix: a prompt of more tokens is for lla_attention, in linear memory.
 MOST_TOKENS = 8
@@ -48,11 +48,7 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
         raise ValueError(f"key_cache and value_cache must have the same length and heads, got {shapes}")
     if key.shape[3] != query.shape[3]:
         raise ValueError(f"query and key_cache must have the same head dimension (last axis), got {shapes}")
-    if query.shape[2] % key.shape[2]:
-        raise ValueError(
-            f"the key/value heads (third axis) must divide the query heads, got {key.shape[2]} for {query.shape[2]}: "
-            f"{shapes}"
-        )
+    check_groups(query, key, shapes)
     if query.shape[1] > MOST_TOKENS:
         raise ValueError(
             f"query must have 1 to {MOST_TOKENS} tokens (second axis), got {query.shape}; more go through "
@@ -90,21 +86,3 @@ def _as_int32(x: Any, least: int, most: int) -> Any:
     if isinstance(x, jax.Array):
         return jnp.clip(x, least, most).astype(jnp.int32)
     return np.clip(x, least, most).astype(np.int32)
-
-
-def check_mask(mask: Any, query: Array, key: Array) -> Array:
-    """The mask as ``(#B, #N, #T, #S)``."""
-    if not hasattr(mask, "shape") or not hasattr(mask, "dtype"):
-        raise TypeError(f"mask must be a boolean array, got {type(mask).__name__}")
-    if mask.dtype != np.bool_:
-        raise TypeError(f"mask must be boolean, True where a key is visible, got dtype {mask.dtype}")
-    batch, tokens, heads, _ = query.shape
-    full = {3: (batch, tokens, key.shape[1]), 4: (batch, heads, tokens, key.shape[1])}
-    axes = full.get(len(mask.shape))
-    if axes is None or any(n not in (1, m) for n, m in zip(mask.shape, axes, strict=True)):
-        raise ValueError(
-            f"mask must have the shape (B, T, S) = {full[3]} or (B, N, T, S) = {full[4]}, or 1 in place of any axis, "
-            f"got {mask.shape}"
-        )
-    mask = jnp.asarray(mask)
-    return mask if mask.ndim == 4 else mask[:, None]

@@ -176,10 +176,7 @@ def _batched(
     mapped = [axis is not None for axis in axes]
     batch = flat[0].shape[1 if mapped[0] else 0]
 
-    def fold(x: Array, is_mapped: bool) -> Array:
-        x = x if is_mapped else jnp.broadcast_to(x[None], (size, *x.shape))
-        x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
-        return x.reshape(size * batch, *x.shape[2:])
+    fold = partial(folded, size, batch)
 
     def fold_all(arrays: Any, is_mapped: Any) -> Any:
         """Of a visibility: what one serves the whole batch still does, if nothing beside it has become the batch's."""
@@ -196,6 +193,13 @@ def _batched(
     given = [fold_argument(*pair) for pair in zip(tree.unflatten(flat), tree.unflatten(mapped), strict=True)]
     out = jax.tree.leaves(_bind(primitive, call, tuple(given)))
     return [x.reshape(size, batch, *x.shape[1:]) for x in out], [0] * len(out)
+
+
+def folded(size: int, batch: int, x: Array, is_mapped: bool) -> Array:
+    """The new axis, of ``size``, folded into the batch in front of which it is; a batch of 1 stands for all."""
+    x = x if is_mapped else x[None]
+    x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
+    return x.reshape(size * batch, *x.shape[2:])
 
 
 def _intervals(seen: Visibility) -> tuple[Any, ...]:
@@ -244,9 +248,7 @@ def _push(*flat: Array, jaxpr: ClosedJaxpr, moving: tuple[int, ...]) -> list[Arr
 
 def _tangent_primitive() -> Primitive:
     """``_push``, as what says clearly that it cannot be transposed: XLA's loops do not run backwards."""
-    made = Primitive("lla_tangent")
-    made.multiple_results = True
-    made.def_impl(partial(xla.apply_primitive, made))
+    made = _named("lla_tangent")
     made.def_abstract_eval(lambda *_, jaxpr, moving: [x for x in jaxpr.out_avals if _is_float(x)])
     mlir.register_lowering(made, _lowering(_push))
     ad.primitive_transposes[made] = _refuse_derivative
@@ -260,10 +262,16 @@ def _tangent_primitive() -> Primitive:
     return made
 
 
-def _primitive(name: str) -> Primitive:
+def _named(name: str) -> Primitive:
+    """A primitive of several results, whose eager call is compiled once."""
     made = Primitive(name)
     made.multiple_results = True
     made.def_impl(partial(xla.apply_primitive, made))
+    return made
+
+
+def _primitive(name: str) -> Primitive:
+    made = _named(name)
     made.def_abstract_eval(lambda *_, jaxpr, **__: jaxpr.out_avals)
     mlir.register_lowering(made, _lowering(_on_cuda), platform="cuda")
     mlir.register_lowering(made, _lowering(partial(_elsewhere, made)))

@@ -25,7 +25,7 @@ SHAPES = (
 # A backward-stable solve errs by about the condition number times the unit roundoff of float64, 2.2e-16. The worst
 # condition number here is that of the shifted keys at ridge 0.01: |k - q|^2 / ridge = (10^2 * 5) / 0.01 = 5e4, which
 # the paper's small denominator squares: 2.2e-16 * (5e4)^2 = 6e-7 is the guaranteed bound and a thousandth of it the
-# typical one. It is the paper's form that loses this, forward and under jax.grad; the other kinds stay far below.
+# typical one. It is the paper's form that loses this, in the loop below; the other kinds stay far below.
 SHIFTED = 6e-10
 
 

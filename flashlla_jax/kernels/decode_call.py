@@ -13,11 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from flashlla_jax.interface import usable_ridge
 from flashlla_jax.kernels import launch
+from flashlla_jax.kernels import plan as planning
 from flashlla_jax.kernels.plan import padded
 from flashlla_jax.visibility import Visibility
 
 _LOG2_E = math.log2(math.e)
-_LARGEST_DIM = 256
 # Programs of the first kernel at least, where the cache is long enough to be split: four for each SM of an H100.
 _PROGRAMS = 4 * 132
 # Blocks that a split has at least: below that its moments, of D times D + Dv numbers, cost more than reading its keys.
@@ -114,11 +114,9 @@ def plan_for(key: Any, value: Any, precision: lax.Precision) -> DecodePlan:
 
 def refusal(query: Any, key: Any, value: Any) -> str | None:
     """Why these kernels cannot serve this call, or None."""
-    if jnp.float64 in (query.dtype, key.dtype):
-        return "it does not compute in float64"
-    widest = max(key.shape[-1], value.shape[-1])
-    if widest > _LARGEST_DIM:
-        return f"its head dimension is at most {_LARGEST_DIM}, got {widest}"
+    reason = planning.refusal(query, value) or planning.refusal(key, value)
+    if reason:
+        return reason
     capability = getattr(jax.devices()[0], "compute_capability", "9.0")
     if key.dtype.itemsize == 1 and float(capability) < 9.0:
         return f"a float8 cache needs compute capability 9.0, this GPU has {capability}"
