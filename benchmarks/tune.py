@@ -104,7 +104,7 @@ class Entry:
 
     @property
     def current(self) -> Launch:
-        return planning.entries(self.kernel, self.operand_bytes, planning._capability())[self.dim]
+        return planning.entries(self.kernel, self.operand_bytes, planning.capability_here())[self.dim]
 
     @property
     def best(self) -> Launch | None:
@@ -118,7 +118,7 @@ def geometric_mean(values: list[float]) -> float:
 @contextlib.contextmanager
 def patched(entry: Entry, launch: Launch) -> Iterator[None]:
     """The launch table with one entry replaced, and nothing left that was traced with another one."""
-    rows = planning.entries(entry.kernel, entry.operand_bytes, planning._capability())
+    rows = planning.entries(entry.kernel, entry.operand_bytes, planning.capability_here())
     before = rows[entry.dim]
     rows[entry.dim] = launch
     jax.clear_caches()
@@ -223,12 +223,12 @@ def entries(args: argparse.Namespace) -> list[Entry]:
     found = []
     for dim in args.dims:
         for kernel in args.kernels:
-            known = planning.entries(kernel, args.operand_bytes, planning._capability())[dim]
+            known = planning.entries(kernel, args.operand_bytes, planning.capability_here())[dim]
             given = args.candidates or [Launch(*c) for c in _CANDIDATES[args.operand_bytes][dim][kernel]]
             if args.operand_bytes == 4:  # kernels/tiles.py, load_origin
                 given = [c for c in given if c.BM <= 32]
             if kernel == "key":  # it reads what the query kernel wrote for whole tiles of its own
-                queries = planning.entries("query", args.operand_bytes, planning._capability())[dim].BM
+                queries = planning.entries("query", args.operand_bytes, planning.capability_here())[dim].BM
                 given = [c for c in given if queries % c.BM == 0]
             # the one in the table first: the others are compared with its results
             found.append(Entry(kernel, args.operand_bytes, dim, list(dict.fromkeys([known, *given]))))
@@ -300,7 +300,7 @@ def table_lines(tuned: list[Entry]) -> str:
     """The tuned keys of ``TABLE`` as Python; an entry of which nothing ran stays as it is."""
     lines = []
     for kernel, operand_bytes in dict.fromkeys((e.kernel, e.operand_bytes) for e in tuned):
-        row = dict(planning.entries(kernel, operand_bytes, planning._capability()))
+        row = dict(planning.entries(kernel, operand_bytes, planning.capability_here()))
         for entry in tuned:
             if entry.kernel == kernel and entry.best is not None:
                 row[entry.dim] = entry.best
@@ -333,7 +333,7 @@ def main() -> None:
             described(environment(device)),
             table(tuned),
             "",
-            f"# flashlla_jax/kernels/plan.py, TABLE[{planning._capability()}]:",
+            f"# flashlla_jax/kernels/plan.py, TABLE[{planning.capability_here()}]:",
             table_lines(tuned),
         ]
     )

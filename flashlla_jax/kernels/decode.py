@@ -5,10 +5,10 @@ program of the first kernel takes BD of the key's features of one row and one sp
 
     top = max_j s_j,  omega = sum_j p_j,  kbar, vbar,  M = sum_j p_j (k_j - kbar) (k_j - kbar, v_j - vbar)^T
 
-with p_j = exp2(s_j - top). Keys are relative to the first key that the row sees. M is a product for the tensor cores:
-the weighted keys as hi + lo halves times keys and values as they lie in the cache. The sum of the weighted keys as they
-were rounded times kbar and vbar is taken off at the end, so that rounding a weighted key counts as if its key had moved
-by it: relative to the mean, not to the origin.
+with p_j = exp2(s_j - top). All four sums over the features are products for the tensor cores. M is the weighted keys,
+relative to the first key that the row sees and as hi + lo halves in registers, times keys and values as they lie in
+shared memory: what bounds this kernel at D = 128 is how often shared memory is read. The logits and the two means take
+a vector in the place of a matrix, which holds the vector's parts in the first of its COLUMNS.
 
 A program of the second kernel merges the splits of one row (Chan, Golub and LeVeque 1979) and solves by conjugate
 gradients on the matrix scaled to a unit diagonal. Nothing is added atomically: the same inputs give the same bits.
@@ -21,6 +21,8 @@ import triton.language as tl
 
 # The largest logit before any, and of a split that sees no key: finite, so that there is no inf - inf.
 NO_LOGIT: tl.constexpr = tl.constexpr(-3e38)
+# Of a matrix that stands for a vector: the fewest that a product takes.
+COLUMNS: tl.constexpr = tl.constexpr(16)
 
 
 class Partials(NamedTuple):
@@ -53,19 +55,46 @@ def mask_offset(batch, token, head, T, S, c: tl.constexpr):
 
 
 @triton.jit
-def load_block(
-    base, n0, end, visible, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, c: tl.constexpr
-):
-    """BN rows of the cache, zero where they are not visible, in the products' dtype."""
-    rows = n0 + tl.arange(0, c.BN)
-    columns = tl.arange(0, PADDED)
-    inside = visible[:, None] & (columns[None, :] < WIDTH)
-    block = tl.load(base + rows.to(tl.int64)[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0)
+def load_rows(base, n0, visible, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, c: tl.constexpr):
+    """(BN, PADDED): rows of the cache from n0 on, zero where they are not visible, in the products' dtype."""
+    d = tl.arange(0, PADDED)
+    pointers = base + (n0 + tl.arange(0, c.BN)).to(tl.int64)[:, None] * STRIDE + d[None, :]
+    return widened(tl.load(pointers, mask=visible[:, None] & (d[None, :] < WIDTH), other=0.0), c)
+
+
+@triton.jit
+def load_columns(base, n0, d, visible, STRIDE: tl.constexpr, c: tl.constexpr):
+    """Features ``d`` of BN keys from n0 on, one key a column: the keys as a product's first operand."""
+    pointers = base + (n0 + tl.arange(0, c.BN)).to(tl.int64)[None, :] * STRIDE + d[:, None]
+    return widened(tl.load(pointers, mask=visible[None, :] & (d[:, None] < c.D), other=0.0), c)
+
+
+@triton.jit
+def widened(block, c: tl.constexpr):
     if c.UPCAST:
         block = block.to(tl.float32)
     elif c.WIDEN:
         block = block.to(tl.bfloat16)  # float8 is exact in it
     return block
+
+
+@triton.jit
+def columns_of(x, DTYPE: tl.constexpr, PARTS: tl.constexpr):
+    """(len(x), COLUMNS): side by side, as many parts as hold float32's x in the products' dtype. Their sum is x."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    out = tl.zeros((x.shape[0], COLUMNS), DTYPE)
+    for i in tl.static_range(PARTS):
+        part = x.to(DTYPE)
+        x -= part.to(tl.float32)
+        out = tl.where(column == i, part[:, None], out)
+    return out
+
+
+@triton.jit
+def two_parts(p, DTYPE: tl.constexpr):
+    """What two parts hold of p: the weight that every sum is taken with."""
+    hi = p.to(DTYPE).to(tl.float32)
+    return hi + (p - hi).to(DTYPE).to(tl.float32)
 
 
 @triton.jit
@@ -100,24 +129,31 @@ def moments_kernel(
     high = tl.minimum(low + blocks * c.BN, end)
 
     d, dv, chunk_d = tl.arange(0, c.DP), tl.arange(0, c.DVP), chunk * c.BD + tl.arange(0, c.BD)
+    K_STRIDE: tl.constexpr = c.KV_HEADS * c.D
+    V_STRIDE: tl.constexpr = c.KV_HEADS * c.DV
     k_base = k + (batch * S * c.KV_HEADS + kv_head) * c.D
     v_base = v + (batch * S * c.KV_HEADS + kv_head) * c.DV
     q_base = q + ((batch * T + token) * c.HEADS + head) * c.D
     first = tl.load(first_ptr + (batch * T + token) * c.HEADS + head).to(tl.int64)
     sees = high > low
-    origin_ptr = k_base + first * (c.KV_HEADS * c.D)
-    origin = tl.load(origin_ptr + d, mask=(d < c.D) & sees, other=0.0).to(tl.float32)
-    chunk_origin = tl.load(origin_ptr + chunk_d, mask=(chunk_d < c.D) & sees, other=0.0).to(tl.float32)
-    query = tl.load(q_base + d, mask=d < c.D, other=0.0).to(tl.float32) * c.SCALE
+    origin = tl.load(k_base + first * K_STRIDE + d, mask=(d < c.D) & sees, other=0.0).to(tl.float32)
+    chunk_origin = tl.load(k_base + first * K_STRIDE + chunk_d, mask=(chunk_d < c.D) & sees, other=0.0).to(tl.float32)
+    query = tl.load(q_base + d, mask=d < c.D, other=0.0).to(tl.float32)
+    DTYPE: tl.constexpr = tl.float32 if c.UPCAST else (tl.bfloat16 if c.WIDEN else k.dtype.element_ty)
+    PARTS: tl.constexpr = 1 if c.UPCAST else 2
+    # a float32 query may go with a bfloat16 cache
+    query_columns = columns_of(query, DTYPE, 1 if c.UPCAST else 3)
+    # float32 keys are taken relative to the origin at once; others as they are, which is exact
+    shift = origin if not c.UPCAST else tl.zeros_like(origin)
+    shift_logit = tl.sum(query * shift, 0) * c.SCALE
     mask_row = mask_ptr
     if c.MASK:
         mask_row += mask_offset(batch, token, head, T, S, c)
 
     top = NO_LOGIT
-    omega = 0.0
-    k_sum = tl.zeros((c.DP,), tl.float32)
-    v_sum = tl.zeros((c.DVP,), tl.float32)
-    weighted_sum = tl.zeros((c.BD,), tl.float32)
+    weights = tl.zeros((c.BN,), tl.float32)  # added up at the end: a sum now would make all warps wait
+    k_sum = tl.zeros((c.DP, COLUMNS), tl.float32)
+    v_sum = tl.zeros((c.DVP, COLUMNS), tl.float32)
     kk = tl.zeros((c.BD, c.DP), tl.float32)
     kv = tl.zeros((c.BD, c.DVP), tl.float32)
     for n0 in tl.range(low, high, c.BN, num_stages=c.STAGES):
@@ -125,39 +161,43 @@ def moments_kernel(
         visible = columns < high
         if c.MASK:
             visible = visible & (tl.load(mask_row + columns * c.MASK_S, mask=visible, other=0) != 0)
-        K = load_block(k_base, n0, high, visible, c.KV_HEADS * c.D, c.D, c.DP, c)
-        V = load_block(v_base, n0, high, visible, c.KV_HEADS * c.DV, c.DV, c.DVP, c)
-        relative = tl.where(visible[:, None], K.to(tl.float32) - origin[None, :], 0.0)
-        s = tl.where(visible, tl.sum(relative * query[None, :], 1), NO_LOGIT)
+        keys = load_columns(k_base, n0, d, visible, K_STRIDE, c)
+        V = load_rows(v_base, n0, visible, V_STRIDE, c.DV, c.DVP, c)
+        if c.UPCAST:
+            keys -= origin[:, None]
+        K = tl.trans(keys)
+        s = tl.sum(tl.dot(K, query_columns, input_precision=c.PRECISION), 1) * c.SCALE - shift_logit
+        s = tl.where(visible, s, NO_LOGIT)
         new_top = tl.maximum(top, tl.max(s, 0))
-        p = tl.where(visible, tl.math.exp2(s - new_top), 0.0)
+        p = two_parts(tl.where(visible, tl.math.exp2(s - new_top), 0.0), DTYPE)
         shrink = tl.math.exp2(top - new_top)
         top = new_top
-        omega = omega * shrink + tl.sum(p, 0)
-        k_sum = k_sum * shrink + tl.sum(p[:, None] * relative, 0)
-        v_sum = v_sum * shrink + tl.sum(p[:, None] * V.to(tl.float32), 0)
-        if CHUNKS == 1:
-            weighted = relative
-        else:
-            part = load_chunk(k_base, columns, chunk_d, visible, c)
-            weighted = tl.where(visible[:, None], part - chunk_origin[None, :], 0.0)
-        weighted = tl.trans(p[:, None] * weighted)
-        operand = K
-        if c.UPCAST:
-            operand = relative
-        weighted_sum = weighted_sum * shrink + rounded_sum(weighted, K, c)
+        weights = weights * shrink + p
         # all of this before the products: what comes between them would make the tensor cores wait
+        k_sum *= shrink
+        v_sum *= shrink
         kk *= shrink
         kv *= shrink
-        kk = product(weighted, operand, kk, c)
+        part = keys
+        if CHUNKS > 1:
+            part = load_columns(k_base, n0, chunk_d, visible, K_STRIDE, c)
+        if CHUNKS > 1 or not c.UPCAST:
+            part = part.to(tl.float32) - chunk_origin[:, None]
+        weighted = p[None, :] * part
+        kk = product(weighted, K, kk, c)
         kv = product(weighted, V, kv, c)
+        weight_columns = columns_of(p, DTYPE, PARTS)
+        k_sum = tl.dot(keys, weight_columns, acc=k_sum, input_precision=c.PRECISION)
+        v_sum = tl.dot(tl.trans(V), weight_columns, acc=v_sum, input_precision=c.PRECISION)
 
+    omega = tl.sum(weights, 0)
     total = tl.where(omega > 0.0, omega, 1.0)
-    kbar, vbar = k_sum / total, v_sum / total
-    shift = kbar
-    if not c.UPCAST:
-        shift += origin  # the products are of the keys as they lie in the cache
-    kk -= weighted_sum[:, None] * shift[None, :]
+    kbar, vbar = tl.sum(k_sum, 1) / total - shift, tl.sum(v_sum, 1) / total  # kbar relative to the origin
+    kbar = tl.where(omega > 0.0, kbar, 0.0)
+    weighted_sum = omega * kbar
+    if CHUNKS > 1:
+        weighted_sum = tl.sum(tl.where(d[:, None] == chunk_d[None, :], weighted_sum[:, None], 0.0), 0)
+    kk -= weighted_sum[:, None] * (kbar + shift)[None, :]
     kv -= weighted_sum[:, None] * vbar[None, :]
 
     place = number.to(tl.int64) * c.SPLITS + split
@@ -170,23 +210,6 @@ def moments_kernel(
     base = moments + (place * c.DP + chunk_d)[:, None] * WIDTH
     tl.store(base + d[None, :], kk)
     tl.store(base + c.DP + dv[None, :], kv)
-
-
-@triton.jit
-def load_chunk(base, rows, columns, visible, c: tl.constexpr):
-    """BD features of BN keys, from the cache that the whole keys were just read from."""
-    inside = visible[:, None] & (columns[None, :] < c.D)
-    pointers = base + rows.to(tl.int64)[:, None] * (c.KV_HEADS * c.D) + columns[None, :]
-    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def rounded_sum(weighted, K, c: tl.constexpr):
-    """The sum of the weighted keys over the keys, of what the products are taken of."""
-    if not c.UPCAST:
-        hi = weighted.to(K.dtype).to(tl.float32)
-        weighted = hi + (weighted - hi).to(K.dtype).to(tl.float32)
-    return tl.sum(weighted, 1)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
@@ -18,19 +19,21 @@ from flashlla_jax.kernels.plan import padded
 from flashlla_jax.visibility import Visibility
 
 _LOG2_E = math.log2(math.e)
-# Programs of the first kernel at least, where the cache is long enough to be split: four for each SM of an H100.
-_PROGRAMS = 4 * 132
 # Blocks that a split has at least: below that its moments, of D times D + Dv numbers, cost more than reading its keys.
 _BLOCKS_PER_SPLIT = 4
 
 
 class DecodeLaunch(NamedTuple):
-    """Keys per block, features per program, warps per program, and depth of the software pipeline."""
+    """Keys per block, features per program, warps per program, depth of the software pipeline, and programs.
+
+    That many programs at least, where the cache is long enough to be split: whole rounds for the 132 SMs of an H100.
+    """
 
     BN: int
     BD: int
     num_warps: int
     num_stages: int
+    programs: int = 4 * 132
 
 
 class DecodePlan(NamedTuple):
@@ -87,21 +90,34 @@ class DecodeConstants:
     MAX_STEPS: int
 
 
-# By bytes of a product's operand and padded head dimension, the larger of the key's and the value's: the first kernel.
-# Chosen by what the compiler makes of them for Hopper: the largest that spill no registers.
+# The first kernel, by the least compute capability, bytes of a product's operand, and padded head dimension, the larger
+# of the key's and the value's. bfloat16 up to 128 on Hopper: the best of two dozen on an H100, where 128 keys take 12 %
+# less than 64 at D = 128. Others: chosen by what the compiler makes of them.
 _MOMENTS = {
-    2: {64: DecodeLaunch(64, 64, 4, 3), 128: DecodeLaunch(32, 128, 8, 3), 256: DecodeLaunch(32, 32, 8, 2)},
-    4: {64: DecodeLaunch(32, 64, 8, 2), 128: DecodeLaunch(16, 64, 8, 1), 256: DecodeLaunch(16, 32, 8, 1)},
+    90: {
+        2: {
+            64: DecodeLaunch(64, 64, 4, 3, 8 * 132),
+            128: DecodeLaunch(128, 128, 8, 3, 2 * 132),
+            256: DecodeLaunch(32, 32, 8, 2),
+        }
+    },
+    80: {
+        2: {64: DecodeLaunch(64, 64, 4, 3), 128: DecodeLaunch(16, 64, 8, 2), 256: DecodeLaunch(32, 32, 8, 1)},
+        4: {64: DecodeLaunch(16, 64, 8, 2), 128: DecodeLaunch(16, 64, 8, 1), 256: DecodeLaunch(16, 32, 8, 1)},
+    },
 }
+# Triton from 3.7 on keeps the halves of the weighted keys in shared memory too, which 128 keys leave no room for.
+_MOMENTS_128_LATER = DecodeLaunch(64, 128, 8, 3, 2 * 132)
 # The second one holds the matrix of a row in registers.
 _SOLVE = {64: 4, 128: 8, 256: 16}
 
 
-def plan_for(key: Any, value: Any, precision: lax.Precision) -> DecodePlan:
-    """The plan for a cache of these dtypes and dimensions."""
+def plan_for(key: Any, value: Any, precision: lax.Precision, capability: int | None = None) -> DecodePlan:
+    """The plan for a cache of these dtypes and dimensions; ``capability`` is 90 for 9.0, None the default device's."""
     upcast = key.dtype in (jnp.float32, jnp.float16) or precision == lax.Precision.HIGHEST
     widest = max(64, padded(key.shape[-1]), padded(value.shape[-1]))
-    shape = _MOMENTS[4 if upcast else 2][widest]
+    capability = planning.capability_here() if capability is None else capability
+    shape = _moments(4 if upcast else 2, widest, capability)
     return DecodePlan(
         upcast,
         "ieee" if precision == lax.Precision.HIGHEST else "tf32x3",
@@ -110,6 +126,21 @@ def plan_for(key: Any, value: Any, precision: lax.Precision) -> DecodePlan:
         shape._replace(BD=min(shape.BD, padded(key.shape[-1]))),
         DecodeLaunch(0, 0, _SOLVE[widest], 1),
     )
+
+
+def _moments(operand_bytes: int, widest: int, capability: int) -> DecodeLaunch:
+    if (operand_bytes, widest) == (2, 128) and capability >= 90 and _triton_version() >= (3, 7):
+        return _MOMENTS_128_LATER
+    tables = [_MOMENTS[least] for least in sorted(_MOMENTS, reverse=True) if least <= capability]
+    return next(table[operand_bytes][widest] for table in tables if operand_bytes in table)
+
+
+def _triton_version() -> tuple[int, ...]:
+    """(0,) where there is no Triton: then no kernel is launched, and a plan is only looked at."""
+    try:
+        return tuple(map(int, metadata.version("triton").split(".")[:2]))
+    except metadata.PackageNotFoundError:
+        return (0,)
 
 
 def refusal(query: Any, key: Any, value: Any) -> str | None:
@@ -133,13 +164,14 @@ def decode(
     *,
     qk_scale: float,
     precision: lax.Precision,
+    plan: DecodePlan | None = None,
 ) -> Float[Array, "B T N Dv"]:
-    """``decode_xla.decode`` by two kernels."""
+    """``decode_xla.decode`` by two kernels; ``plan`` is None for that of the default device."""
     from flashlla_jax.kernels.decode import moments_kernel, solve_kernel
 
     batch, tokens, heads, _ = query.shape
     capacity, _, value_dim = value.shape[1:]
-    plan = plan_for(key, value, precision)
+    plan = plan_for(key, value, precision) if plan is None else plan
     rows = batch * tokens * heads
     c = _constants(query, key, value, seen, qk_scale, plan)
     mask = jnp.zeros((1, 1), jnp.int8) if seen.mask is None else seen.mask.astype(jnp.int8)
@@ -181,7 +213,7 @@ def _constants(
     capacity, kv_heads, value_dim = value.shape[1:]
     shape = plan.moments
     programs = max(1, batch * tokens * heads * (padded(dim) // shape.BD))
-    splits = min(-(-_PROGRAMS // programs), -(-capacity // (_BLOCKS_PER_SPLIT * shape.BN)))
+    splits = min(-(-shape.programs // programs), -(-capacity // (_BLOCKS_PER_SPLIT * shape.BN)))
     axes = (1, 1, 1, 1) if seen.mask is None else seen.mask.shape
     return DecodeConstants(
         HEADS=heads,

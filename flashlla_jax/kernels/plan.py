@@ -83,7 +83,7 @@ def entries(kernel: str, operand_bytes: int, capability: int) -> dict[int, Launc
 def plan_for(query: Any, value: Any, precision: lax.Precision, capability: int | None = None) -> Plan:
     """The plan for arrays of these dtypes and dimensions; ``capability`` is 90 for 9.0, None the default device's."""
     arithmetic = _arithmetic(jnp.dtype(query.dtype), precision)
-    capability = _capability() if capability is None else capability
+    capability = capability_here() if capability is None else capability
     operand_bytes = 4 if arithmetic.upcast else query.dtype.itemsize
     widest = max(64, padded(query.shape[-1]), padded(value.shape[-1]))
     return Plan(arithmetic, *(entries(name, operand_bytes, capability)[widest] for name in ("forward", "query", "key")))
@@ -115,7 +115,7 @@ def _arithmetic(dtype: jnp.dtype, precision: lax.Precision) -> Arithmetic:
     return Arithmetic(True, name, False, 0.0, 0.0, math.inf, rtol, rtol, False)
 
 
-def _capability() -> int:
+def capability_here() -> int:
     """Of JAX's default device, 90 for 9.0; where that is no NVIDIA GPU, the least that the kernels are made for."""
     found = getattr(jax.devices()[0], "compute_capability", None)
     return max(80, round(10 * float(found))) if found else 80

@@ -26,7 +26,7 @@ def _interpreting() -> Iterator[None]:
         patch.setattr(launching, "call", harness.call)
         patch.setattr(flashlla_jax.attention, "_no_triton", lambda: None)
         small = {64: DecodeLaunch(16, 16, 4, 1)}
-        patch.setattr(decode_call, "_MOMENTS", {2: small, 4: small})
+        patch.setattr(decode_call, "_MOMENTS", {80: {2: small, 4: small}})
         patch.setattr(decode_call, "_BLOCKS_PER_SPLIT", 2)
         jax.clear_caches()
         decode_tests.decoder.cache_clear()

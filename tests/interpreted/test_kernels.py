@@ -210,7 +210,7 @@ def test_the_tables_own_tiles(dtype: str) -> None:
     expected = truth(inputs, lam)
     used = {(launch["kernel"], launch["tiles"]) for launch in launches}
     assert used == {
-        (f"{name}_kernel", planning.entries(name, jnp.dtype(dtype).itemsize, planning._capability())[64])
+        (f"{name}_kernel", planning.entries(name, jnp.dtype(dtype).itemsize, planning.capability_here())[64])
         for name in ("forward", "query", "key")
     }
     for name in expected:
