@@ -31,9 +31,21 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
+def _program(item: pytest.Item) -> str:
+    """A test and what of its parameters changes the program: kinds of keys, ridges and what is hidden are arrays."""
+    params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
+    static = {name: value for name, value in (params or {}).items() if name not in ("kind", "ridge", "name")}
+    return ":".join([item.nodeid.split("[")[0], *map(str, static.values())])
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """GPU tests run when they are asked for by marker, and only then."""
+    """GPU tests run when they are asked for by marker, and only then; those of one program in one process.
+
+    So that what Triton compiles, half a minute for some, is compiled once: ``-n 8 --dist loadgroup``.
+    """
     if _asks_for_a_gpu(config):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(_program(item)))
         return
     skip = pytest.mark.skip(reason="needs a GPU: run with -m gpu")
     for item in items:
