@@ -72,7 +72,7 @@ def attend(
     if only == "xla":
         plan = None
     elif plan is None:
-        plan = plan_for(query, value, options.precision)
+        plan = plan_for(query, value, options.precision, few_keys=visibility.few_keys)
     given = (query, key, value, ridge_lambda, visibility)
     return _attend(*varying_like(given, given), _Call(options, only, plan))
 

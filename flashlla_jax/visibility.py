@@ -21,6 +21,9 @@ from jaxtyping import Array, Bool, Int
 # Positions are int32. Windows and offsets are cut to this: no array is as long, and sums of three of them fit.
 LARGEST_POSITION = 2**29
 
+# So many keys a query, at the most, are few: see Visibility.few_keys.
+_FEW_KEYS = 1024
+
 # Ids of what is hidden whatever the interval says; those of segments are counted from 0.
 _HIDDEN_KEY, _HIDDEN_QUERY = -1, -2
 
@@ -28,7 +31,7 @@ _HIDDEN_KEY, _HIDDEN_QUERY = -1, -2
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("start", "end", "query_ids", "key_ids", "contiguous", "mask"),
-    meta_fields=("from_first", "complete"),
+    meta_fields=("from_first", "complete", "few_keys"),
 )
 @dataclass(frozen=True)
 class Visibility:
@@ -42,6 +45,8 @@ class Visibility:
         mask: None, or True where a key is visible.
         from_first: whether every start is known to be 0.
         complete: whether every query is known to see a key and every key to be seen: nothing need be zeroed.
+        few_keys: whether queries are known to see few keys (a short call, a window) or likely to (packed documents).
+            Says nothing of what is visible: the kernels are launched otherwise.
     """
 
     start: Int[Array, "#B T"]
@@ -52,6 +57,7 @@ class Visibility:
     mask: Bool[Array, "#B #N #T #S"] | None
     from_first: bool
     complete: bool
+    few_keys: bool = False
 
 
 class Hiding(NamedTuple):
@@ -79,6 +85,7 @@ def visibility(hiding: Hiding, queries: int, keys: int) -> Visibility:
     flags = (
         hiding.window is None and hiding.segment_ids is None and hiding.mask is None,
         _complete(hiding, queries, keys),
+        hiding.segment_ids is not None or min(keys, 1 + sum(hiding.window or (keys, 0))) <= _FEW_KEYS,
     )
     return _made(static, offset if known else None, queries, keys, flags, None if known else offset, arrays)
 
@@ -117,7 +124,7 @@ def _made(
     known_offset: int | None,
     queries: int,
     keys: int,
-    flags: tuple[bool, bool],
+    flags: tuple[bool, bool, bool],
     offset: Any,
     arrays: Any,
 ) -> Visibility:

@@ -78,6 +78,8 @@ ENTRIES = [
     # what one kernel makes of ids and of a mask tells of the others: all of them take minutes
     *(Entry(90, kernel, "bfloat16", 64, hidden=how) for kernel in ("query", "key") for how in ("segments", "mask")),
     *(Entry(80, "query", "float32", 64, hidden=how) for how in ("segments", "mask")),
+    # the launches for few keys
+    *(Entry(90, kernel, "bfloat16", 64, hidden="window") for kernel in ("forward", "query")),
 ]
 
 
@@ -106,6 +108,7 @@ SPILLS = {
         128: {"forward": 1988, "query": 5044, "key": 168},
         256: {"forward": 48444, "query": 87956, "key": 2296},
     },
+    (90, "bfloat16", "default", "window"): {64: {"forward": 620, "query": 696}},
     # two kinds of loads more, and a pipeline for the compared tiles too
     (80, "float32", "default", "mask"): {64: {"forward": 1208, "query": 1736, "key": 20}},
 }
@@ -130,7 +133,7 @@ def launches(capability: int, dtype: str, dim: int, precision: str, hidden: str)
             hiding = hiding._replace(mask=mask)
         seen = visibility(hiding, LENGTH, LENGTH)
         options = Options(dim**-0.5, 1e-12, SolverOptions(None, None, 2 * dim, False), lax.Precision(precision))
-        chosen = plan.plan_for(q, v, options.precision, capability)
+        chosen = plan.plan_for(q, v, options.precision, capability, few_keys=hidden == "window")
         o, saved, _ = passes.forward(q, k, v, lam, seen, options, chosen)
         return passes.backward(q, k, v, lam, seen, saved, o, options, chosen)
 

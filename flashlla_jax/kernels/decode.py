@@ -55,6 +55,16 @@ def mask_offset(batch, token, head, T, S, c: tl.constexpr):
 
 
 @triton.jit
+def first_seen(interval_ptr, first_ptr, query, head, c: tl.constexpr):
+    """The position of the first key that a row sees: the interval's start, unless the mask has heads of its own."""
+    if c.MASK_N:
+        first = tl.load(first_ptr + query * c.HEADS + head)
+    else:
+        first = tl.load(interval_ptr + 2 * query)
+    return first.to(tl.int64)
+
+
+@triton.jit
 def load_rows(base, n0, visible, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, c: tl.constexpr):
     """(BN, PADDED): rows of the cache from n0 on, zero where they are not visible, in the products' dtype."""
     d = tl.arange(0, PADDED)
@@ -109,9 +119,7 @@ def product(a, b, acc, c: tl.constexpr):
 
 
 @triton.jit
-def moments_kernel(
-    q, k, v, start_ptr, end_ptr, first_ptr, mask_ptr, T, S, tops, omegas, means, moments, c: tl.constexpr
-):
+def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omegas, means, moments, c: tl.constexpr):
     """One row, one split, BD features.
 
     Programs that follow each other read the same keys: the chunks of features of a split, the splits of a row, and the
@@ -122,8 +130,8 @@ def moments_kernel(
     number = tl.program_id(0) // CHUNKS // c.SPLITS
     split = tl.program_id(0) // CHUNKS % c.SPLITS
     batch, token, head, kv_head = row_of(number, T, c)
-    start = tl.load(start_ptr + batch * T + token)
-    end = tl.load(end_ptr + batch * T + token)
+    start = tl.load(interval_ptr + 2 * (batch * T + token))
+    end = tl.load(interval_ptr + 2 * (batch * T + token) + 1)
     blocks = tl.cdiv(tl.cdiv(end - start, c.BN), c.SPLITS)
     low = start + split * blocks * c.BN
     high = tl.minimum(low + blocks * c.BN, end)
@@ -134,7 +142,7 @@ def moments_kernel(
     k_base = k + (batch * S * c.KV_HEADS + kv_head) * c.D
     v_base = v + (batch * S * c.KV_HEADS + kv_head) * c.DV
     q_base = q + ((batch * T + token) * c.HEADS + head) * c.D
-    first = tl.load(first_ptr + (batch * T + token) * c.HEADS + head).to(tl.int64)
+    first = first_seen(interval_ptr, first_ptr, batch * T + token, head, c)
     sees = high > low
     origin = tl.load(k_base + first * K_STRIDE + d, mask=(d < c.D) & sees, other=0.0).to(tl.float32)
     chunk_origin = tl.load(k_base + first * K_STRIDE + chunk_d, mask=(chunk_d < c.D) & sees, other=0.0).to(tl.float32)
@@ -213,7 +221,7 @@ def moments_kernel(
 
 
 @triton.jit
-def solve_kernel(q, k, lam_ptr, first_ptr, tops, omegas, means, moments, T, S, o, c: tl.constexpr):
+def solve_kernel(q, k, lam_ptr, interval_ptr, first_ptr, tops, omegas, means, moments, T, S, o, c: tl.constexpr):
     """The output of one row."""
     number = tl.program_id(0)
     batch, token, head, kv_head = row_of(number, T, c)
@@ -226,10 +234,11 @@ def solve_kernel(q, k, lam_ptr, first_ptr, tops, omegas, means, moments, T, S, o
         means + number.to(tl.int64) * c.SPLITS * (c.DP + c.DVP),
         moments + number.to(tl.int64) * c.SPLITS * (c.DP * (c.DP + c.DVP)),
     )
-    top, omega, kbar, vbar = merge_means(partials, c)
+    top, omega = merge_weights(partials, c)
     blind = omega == 0.0
     total = tl.where(blind, 1.0, omega)
-    first = tl.load(first_ptr + row).to(tl.int64)
+    kbar, vbar = merge_means(partials, top, total, c)
+    first = first_seen(interval_ptr, first_ptr, batch * T + token, head, c)
     origin_ptr = k + (batch * S * c.KV_HEADS + kv_head) * c.D + first * (c.KV_HEADS * c.D)
     origin = tl.load(origin_ptr + d, mask=(d < c.D) & (blind == 0), other=0.0).to(tl.float32)
     query = tl.load(q + row * c.D + d, mask=d < c.D, other=0.0).to(tl.float32)
@@ -243,23 +252,30 @@ def solve_kernel(q, k, lam_ptr, first_ptr, tops, omegas, means, moments, T, S, o
 
 
 @triton.jit
-def merge_means(partials, c: tl.constexpr):
-    """The largest logit, the sum of the weights relative to it, kbar and vbar of all splits."""
+def merge_weights(partials, c: tl.constexpr):
+    """The largest logit of all splits, and the sum of the weights relative to it."""
+    i = tl.arange(0, c.SPLITS_PADDED)
+    tops = tl.load(partials.top + i, mask=i < c.SPLITS, other=NO_LOGIT)
+    omegas = tl.load(partials.omega + i, mask=i < c.SPLITS, other=0.0)
+    top = tl.max(tops, 0)
+    return top, tl.sum(omegas * tl.math.exp2(tops - top), 0)
+
+
+# The loops over the splits are unrolled: what one loads then need not wait for what another loaded.
+
+
+@triton.jit
+def merge_means(partials, top, total, c: tl.constexpr):
+    """kbar and vbar of all splits."""
     WIDTH: tl.constexpr = c.DP + c.DVP
     d, dv = tl.arange(0, c.DP), tl.arange(0, c.DVP)
-    top = NO_LOGIT
-    for i in range(c.SPLITS):
-        top = tl.maximum(top, tl.load(partials.top + i))
-    omega = 0.0
     kbar = tl.zeros((c.DP,), tl.float32)
     vbar = tl.zeros((c.DVP,), tl.float32)
-    for i in range(c.SPLITS):
+    for i in tl.range(0, c.SPLITS, loop_unroll_factor=c.UNROLL):
         weight = tl.load(partials.omega + i) * tl.math.exp2(tl.load(partials.top + i) - top)
-        omega += weight
         kbar += weight * tl.load(partials.means + i * WIDTH + d)
         vbar += weight * tl.load(partials.means + i * WIDTH + c.DP + dv)
-    total = tl.where(omega > 0.0, omega, 1.0)
-    return top, omega, kbar / total, vbar / total
+    return kbar / total, vbar / total
 
 
 @triton.jit
@@ -268,7 +284,7 @@ def merge_keys(partials, top, total, kbar, c: tl.constexpr):
     WIDTH: tl.constexpr = c.DP + c.DVP
     d = tl.arange(0, c.DP)
     A = tl.zeros((c.DP, c.DP), tl.float32)
-    for i in range(c.SPLITS):
+    for i in tl.range(0, c.SPLITS, loop_unroll_factor=c.UNROLL):
         shrink = tl.math.exp2(tl.load(partials.top + i) - top) / total
         weight = shrink * tl.load(partials.omega + i)
         A += shrink * tl.load(partials.moments + (i * c.DP + d[:, None]) * WIDTH + d[None, :])
@@ -284,7 +300,7 @@ def times_values(partials, top, total, kbar, vbar, x, c: tl.constexpr):
     WIDTH: tl.constexpr = c.DP + c.DVP
     d, dv = tl.arange(0, c.DP), tl.arange(0, c.DVP)
     out = tl.zeros((c.DVP,), tl.float32)
-    for i in range(c.SPLITS):
+    for i in tl.range(0, c.SPLITS, loop_unroll_factor=c.UNROLL):
         shrink = tl.math.exp2(tl.load(partials.top + i) - top) / total
         weight = shrink * tl.load(partials.omega + i)
         means = partials.means + i * WIDTH

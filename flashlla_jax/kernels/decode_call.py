@@ -21,6 +21,8 @@ from flashlla_jax.visibility import Visibility
 _LOG2_E = math.log2(math.e)
 # Blocks that a split has at least: below that its moments, of D times D + Dv numbers, cost more than reading its keys.
 _BLOCKS_PER_SPLIT = 4
+# One program reads all of a row.
+_MOST_SPLITS = 128
 
 
 class DecodeLaunch(NamedTuple):
@@ -56,7 +58,8 @@ class DecodeConstants:
         DP, DVP: the same padded to powers of two, 16 at least.
         BN, BD: keys of a block, and features of a program.
         STAGES: depth of the software pipeline.
-        SPLITS: parts that the cache is cut into.
+        SPLITS, SPLITS_PADDED: parts that the cache is cut into, and that padded to a power of two.
+        UNROLL: how many splits' results are loaded at once.
         SCALE: factor of the logits, in units of log 2.
         UPCAST, PRECISION: the products are of float32, at this precision.
         WIDEN: the cache is float8.
@@ -76,6 +79,8 @@ class DecodeConstants:
     BD: int
     STAGES: int
     SPLITS: int
+    SPLITS_PADDED: int
+    UNROLL: int
     SCALE: float
     UPCAST: bool
     PRECISION: str
@@ -174,8 +179,10 @@ def decode(
     plan = plan_for(key, value, precision) if plan is None else plan
     rows = batch * tokens * heads
     c = _constants(query, key, value, seen, qk_scale, plan)
-    mask = jnp.zeros((1, 1), jnp.int8) if seen.mask is None else seen.mask.astype(jnp.int8)
-    start, end = (jnp.broadcast_to(x, (batch, tokens)) for x in (seen.start, seen.end))
+    # of one small array, and not three: an array that has to be made costs a step more than what it holds
+    intervals = jnp.stack([jnp.broadcast_to(x, (batch, tokens)) for x in (seen.start, seen.end)], axis=-1)
+    first = first if c.MASK_N else intervals  # which then says it
+    mask = intervals if seen.mask is None else seen.mask.astype(jnp.int8)
 
     def partial_result(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, c.SPLITS, *shape), jnp.float32)
@@ -183,7 +190,7 @@ def decode(
     partials = launch.call(
         moments_kernel,
         rows * c.SPLITS * (c.DP // c.BD),
-        (query, key, value, start, end, first, mask),
+        (query, key, value, intervals, first, mask),
         (tokens, capacity),
         (
             partial_result(),
@@ -197,7 +204,7 @@ def decode(
     (o,) = launch.call(
         solve_kernel,
         rows,
-        (query, key, usable_ridge(lam), first, *partials),
+        (query, key, usable_ridge(lam), intervals, first, *partials),
         (tokens, capacity),
         (jax.ShapeDtypeStruct((batch, tokens, heads, value_dim), query.dtype),),
         plan.solve,
@@ -213,7 +220,7 @@ def _constants(
     capacity, kv_heads, value_dim = value.shape[1:]
     shape = plan.moments
     programs = max(1, batch * tokens * heads * (padded(dim) // shape.BD))
-    splits = min(-(-shape.programs // programs), -(-capacity // (_BLOCKS_PER_SPLIT * shape.BN)))
+    splits = min(-(-shape.programs // programs), -(-capacity // (_BLOCKS_PER_SPLIT * shape.BN)), _MOST_SPLITS)
     axes = (1, 1, 1, 1) if seen.mask is None else seen.mask.shape
     return DecodeConstants(
         HEADS=heads,
@@ -226,6 +233,8 @@ def _constants(
         BD=shape.BD,
         STAGES=shape.num_stages,
         SPLITS=splits,
+        SPLITS_PADDED=1 << (splits - 1).bit_length(),
+        UNROLL=4 if padded(dim) <= 128 else 1,  # where the registers allow it
         SCALE=qk_scale * _LOG2_E,
         UPCAST=plan.upcast,
         PRECISION=plan.precision,

@@ -89,11 +89,11 @@ def interpreting(tiles: Launch | None = TILES, arithmetic: Arithmetic | None = N
         if arithmetic is not None:
             patch.setattr(planning, "_arithmetic", arithmetic)
         if tiles is not None:
-            patch.setattr(
-                flashlla_jax.operator,
-                "plan_for",
-                lambda *args: planning.plan_for(*args)._replace(forward=tiles, query=tiles, key=tiles),
-            )
+
+            def plan_for(*args: Any, **kwargs: Any) -> planning.Plan:
+                return planning.plan_for(*args, **kwargs)._replace(forward=tiles, query=tiles, key=tiles)
+
+            patch.setattr(flashlla_jax.operator, "plan_for", plan_for)
         forget()
         try:
             yield launches
