@@ -32,6 +32,7 @@ class HardKeyTests:
     implementation: str
     rows: int = 160  # of standard deviation 10 and more
     offset_rows: int = 300
+    factor: float = 5  # of the dense form's error that is allowed
 
     @pytest.fixture(autouse=True)
     def exact_float32(self) -> Iterator[None]:
@@ -57,7 +58,7 @@ class HardKeyTests:
         for name, x in expected.items():
             floor = scale.get(name, 0.0) * float(jnp.linalg.norm(v) * jnp.linalg.norm(g))
             errors = [relative_error(y[name], x, floor) for y in (got, dense)]
-            assert errors[0] <= max(2e-5, 5 * errors[1]), (name, errors)
+            assert errors[0] <= max(2e-5, self.factor * errors[1]), (name, errors)
         assert float(jnp.abs(got["o"]).max()) <= 1.2 * float(jnp.abs(v).max())
 
     @pytest.mark.parametrize("qk_scale", [None, 2e-4])
