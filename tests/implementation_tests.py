@@ -184,6 +184,13 @@ class ImplementationTests:
         lines = self.failures(inputs, lam, "anisotropic", 0.1, qk_scale=0.7, cg_use_preconditioner=preconditioned)
         assert not lines, "\n".join(lines)
 
+    @pytest.mark.parametrize("qk_scale", [-0.5, 0.0])
+    def test_a_scale_below_zero_or_zero(self, qk_scale: float) -> None:
+        shape = Shape(queries=40, keys=40, dim=8, value_dim=8)
+        inputs = draw(shape, "float32", seed=9)
+        lines = self.failures(inputs, jnp.full(shape.ridge, 0.5, jnp.float32), qk_scale=qk_scale)
+        assert not lines, "\n".join(lines)
+
     @pytest.mark.parametrize("ridge_shape", [(), (2,), (1, "T", 1), ("T", 2), (3, 1, 1), (3, "T", 2)], ids=str)
     def test_ridge_layouts(self, ridge_shape: tuple[int | str, ...]) -> None:
         """Scalar, per head, per token, per batch, all: the value and, summed over what was broadcast, the gradient."""

@@ -4,9 +4,11 @@ import math
 from typing import Any
 
 import jax
+import pytest
 
 from flashlla_jax import lla_attention
 from tests.cases import Shape, draw, relative_error
+from tests.hard_key_tests import HardKeyTests
 from tests.implementation_tests import ImplementationTests
 
 
@@ -23,6 +25,11 @@ class TestBlockwise(ImplementationTests):
             # not promised, so that it cannot rot unseen: twice what peaky keys, the worst kind, were measured at
             return 1e-2 if name in ("o", "dv") else 4e-2
         return 1e-2 if name == "o" else 2e-2  # the promise for 16-bit inputs
+
+
+@pytest.mark.usefixtures("quick_compilation")
+class TestHardKeys(HardKeyTests):
+    implementation = "xla"
 
 
 def test_a_solve_without_a_stop_does_not_go_astray() -> None:

@@ -15,6 +15,7 @@ from flashlla_jax import lla_attention, reference
 from flashlla_jax.interface import Options, SolverOptions
 from flashlla_jax.visibility import Hiding, Visibility, visibility
 from tests.cases import GRADIENTS, KINDS, RIDGES, Inputs, Shape, draw, relative_error
+from tests.hard_key_tests import check_one_key
 
 # Two query heads a key head, more keys than queries, a value dimension of its own; and full attention, more queries.
 SHAPES = (
@@ -195,3 +196,7 @@ def test_dtypes(dtype: str) -> None:
     # For float32 the condition number, some tens, multiplies eps.
     bound = float(jnp.finfo(dtype).eps) * (1 if jnp.dtype(dtype).itemsize == 2 else 100)
     assert relative_error(o, attend(*(x.astype(jnp.float64) for x in inputs[:3]))) <= bound
+
+
+def test_one_key_holds_all_the_weight_in_float32() -> None:
+    check_one_key("reference")

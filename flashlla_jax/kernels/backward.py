@@ -16,6 +16,7 @@ from flashlla_jax.kernels.tiles import (
     Rows,
     Tiles,
     Visible,
+    as_logits,
     as_operand,
     head_base,
     key_scale,
@@ -30,6 +31,7 @@ from flashlla_jax.kernels.tiles import (
     load_tile,
     load_tiles,
     load_values,
+    log_weights,
     one_column,
     rounded_product,
     sees,
@@ -41,18 +43,24 @@ from flashlla_jax.kernels.tiles import (
     visible_to,
     visited,
     weights,
+    with_row,
 )
 
 FLAGS: tl.constexpr = tl.constexpr(1024)  # rows whose flags the key kernel reads at once
 
 
 class Solutions(NamedTuple):
-    """x and u negated, as hi + lo, and the numbers of a row: a = a0 + x.k, b = b0 + g.v + u.k, c0 = lambda u.x."""
+    """x and u negated, as hi + lo, and the numbers of a row: a = a0 + x.k, b = b0 + g.v + u.k, c0 = lambda u.x.
+
+    EXACT: a = 1 + (a0 + (near_x + x.k)), b = b0 + (near_u + u.k + g.v), the sums in this order.
+    """
 
     x_hi: tl.tensor
     x_lo: tl.tensor
     u_hi: tl.tensor
     u_lo: tl.tensor
+    near_x: tl.tensor
+    near_u: tl.tensor
     a0: tl.tensor
     b0: tl.tensor
     c0: tl.tensor
@@ -69,6 +77,8 @@ class Queries(NamedTuple):
     u_lo: tl.tensor
     lse_a0: tl.tensor
     b0_c0: tl.tensor
+    nears: tl.tensor
+    lse_rest: tl.tensor
     origins: tl.tensor
     batch: tl.tensor
     kv_head: tl.tensor
@@ -143,6 +153,24 @@ def right_hand_side(rows, G, g0, keys, refine, parts, SPLIT: tl.constexpr, c: tl
 
 
 @triton.jit
+def mean_of_b(rows, G, keys, solutions, c: tl.constexpr):
+    """sum_j p_ij b_ij, EXACT; it is 0 but for rounding, see ``mean_with`` of the forward kernel."""
+    mean = tl.zeros((c.BM,), tl.float32)
+    for edge in tl.static_range(2):
+        count = keys.tiles.edges if edge else keys.tiles.wholes
+        for i in tl.range(0, count, num_stages=c.EDGE_STAGES if edge else c.STAGES):
+            n0 = key_tile(keys, i, edge == 1, c)
+            K = load_keys(keys, n0, edge == 1, c)
+            V = load_values(keys, n0, edge == 1, c)
+            w = weights(rows, K, n0, keys, edge == 1, c)
+            b = tl.zeros((c.BM, c.BN), tl.float32) + solutions.near_u[:, None]
+            b = tl.dot(solutions.u_hi, tl.trans(K), acc=b, input_precision=c.PRECISION)
+            b = tl.dot(G, tl.trans(V), acc=b, input_precision=c.PRECISION)
+            mean += tl.sum(w * (b + solutions.b0[:, None]), 1)
+    return mean
+
+
+@triton.jit
 def query_gradient(rows, G, keys, solutions, LOW: tl.constexpr, c: tl.constexpr):
     """sum_j ds_ij k_j, the ds_ij summing to 0."""
     acc = tl.zeros((c.BM, c.DP), tl.float32)
@@ -155,13 +183,20 @@ def query_gradient(rows, G, keys, solutions, LOW: tl.constexpr, c: tl.constexpr)
             V = load_values(keys, n0, edge == 1, c)
             w = weights(rows, K, n0, keys, edge == 1, c)
             a = tl.zeros((c.BM, c.BN), tl.float32)
-            b = tl.dot(G, tl.trans(V), input_precision=c.PRECISION)
+            if c.EXACT:
+                a += solutions.near_x[:, None]
+                b = tl.zeros((c.BM, c.BN), tl.float32) + solutions.near_u[:, None]
+            else:
+                b = tl.dot(G, tl.trans(V), input_precision=c.PRECISION)
             if LOW:  # before the large halves, as in the forward pass
                 a = tl.dot(solutions.x_lo, tl.trans(K), acc=a, input_precision=c.PRECISION)
                 b = tl.dot(solutions.u_lo, tl.trans(K), acc=b, input_precision=c.PRECISION)
             a = tl.dot(solutions.x_hi, tl.trans(K), acc=a, input_precision=c.PRECISION)
             b = tl.dot(solutions.u_hi, tl.trans(K), acc=b, input_precision=c.PRECISION)
-            ds = w * ((a + solutions.a0[:, None]) * (b + solutions.b0[:, None]) + solutions.c0[:, None])
+            if c.EXACT:
+                b = tl.dot(G, tl.trans(V), acc=b, input_precision=c.PRECISION)
+            a = with_row(a, solutions.a0[:, None], c)
+            ds = w * (a * (b + solutions.b0[:, None]) + solutions.c0[:, None])
             acc, sums = rounded_product(ds, K, acc, sums, False, c.PRECISION)
     return acc - one_column(sums)[:, None] * rows.kbar
 
@@ -183,7 +218,9 @@ def query_kernel(
     x_hi_ptr,
     x_lo_ptr,
     lse_ptr,
-    defect_ptr,
+    lse_rest_ptr,
+    near_ptr,
+    a0_ptr,
     damping_ptr,
     g,
     T,
@@ -194,12 +231,15 @@ def query_kernel(
     u_lo_ptr,
     lse_a0_ptr,
     b0_c0_ptr,
+    nears_ptr,
+    weight_rest_ptr,
     low_ptr,
     c: tl.constexpr,
 ):
     """dq, dlambda, and what the key kernel needs of each row: u, and four numbers in two pairs.
 
     The pairs are the lse of its weights with a0, and b0 with c0; they have a place for every row of the last tile.
+    EXACT: three more numbers, near_x with near_u, and the rest of the lse.
     """
     tiles = tl.cdiv(T, c.BM)
     tile = tiles - 1 - tl.program_id(0) % tiles  # the longest prefixes first
@@ -223,7 +263,10 @@ def query_kernel(
     lse = load_rows(lse_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
     damping = load_rows(damping_ptr + row_base, m0, T, c.HEADS, c.BM, 1.0)
     intervals = load_intervals(visible, m0, c)
-    rows = Rows(Q, lse, tl.zeros((c.BM, c.DP), tl.float32), lam, intervals)
+    lse_rest = lse
+    if c.EXACT:
+        lse_rest = load_rows(lse_rest_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
+    rows = Rows(Q, lse, lse_rest, tl.zeros((c.BM, c.DP), tl.float32), lam, intervals)
     split = tl.min(lam, 0) < c.SPLIT_BELOW * key_scale(keys, c)
 
     # gamma relative to that of a value that the queries see
@@ -236,8 +279,8 @@ def query_kernel(
         if c.SPLIT_BELOW != float("inf"):  # else both parts of y are gathered at once
             parts = 1 + split.to(tl.int32)
     kbar, y, gbar = right_hand_side(rows, G, g0, keys, refine, parts, c.SPLIT_BELOW == float("inf"), c)
-    rows = Rows(Q, lse, kbar, lam, intervals)
-    u, u_defect, _, _ = solve(y, rows, keys, split, c)
+    rows = Rows(Q, lse, lse_rest, kbar, lam, intervals)
+    u, _, _ = solve(y, rows, keys, split, c)
 
     x_hi = load_queries(head_base(x_hi_ptr, batch, T, head, c.HEADS, c.D), m0, T, True, c)
     u_hi = as_operand(-u, Q.dtype, c.PRECISION)
@@ -256,21 +299,32 @@ def query_kernel(
         store_queries(head_base(u_lo_ptr, batch, T, head, c.HEADS, c.D), u_lo, m0, T, c)
         u_used += u_lo.to(tl.float32)
         store_rows(low_ptr + row_base, tl.zeros((c.BM,), tl.int32) + with_low.to(tl.int32), m0, T, c.HEADS, c.BM)
-    a0 = 1.0 - tl.sum(x_used * kbar, 1)
-    b0 = -tl.sum(u_used * kbar, 1) - gbar
-    if c.UPCAST and c.PRECISION != "tf32":
-        a0 += load_rows(defect_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
-        b0 += u_defect
+    near_x = -tl.sum(x_used * kbar, 1)
+    near_u = -tl.sum(u_used * kbar, 1)
+    a0 = 1.0 + near_x
+    b0 = near_u - gbar
+    if c.EXACT:
+        near_x = load_rows(near_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
+        a0 = load_rows(a0_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
+        b0 = -gbar
+        b0 -= mean_of_b(rows, G, keys, Solutions(x_hi, x_lo, u_hi, u_lo, near_x, near_u, a0, b0, lam), c)
     dlam = -tl.sum(u * x_used, 1)
     c0 = lam * dlam
     store_rows(dlam_ptr + row_base, dlam * damping, m0, T, c.HEADS, c.BM)
     valid = m0 + tl.arange(0, c.BM) < T  # the key kernel reads the other rows of the tile too: of weight zero
-    weight_lse = tl.where(valid, lse - tl.math.log2(damping), float("inf"))
-    pairs = (batch.to(tl.int64) * c.HEADS + head) * tiles * c.BM * 2
+    first_row = (batch.to(tl.int64) * c.HEADS + head) * tiles * c.BM
+    pairs = first_row * 2
+    if c.EXACT:
+        weight_rest = tl.where(valid, lse_rest - tl.math.log2(damping), float("inf"))
+        weight_lse = tl.where(valid, lse, 0.0)
+        tl.store(weight_rest_ptr + first_row + m0 + tl.arange(0, c.BM), weight_rest)
+        store_pairs(nears_ptr + pairs, tl.where(valid, near_x, 0.0), tl.where(valid, near_u, 0.0), m0, c.BM)
+    else:
+        weight_lse = tl.where(valid, lse - tl.math.log2(damping), float("inf"))
     store_pairs(lse_a0_ptr + pairs, weight_lse, tl.where(valid, a0, 0.0), m0, c.BM)
     store_pairs(b0_c0_ptr + pairs, tl.where(valid, b0, 0.0), tl.where(valid, c0, 0.0), m0, c.BM)
 
-    solutions = Solutions(x_hi, x_lo, u_hi, u_lo, a0, b0, c0)
+    solutions = Solutions(x_hi, x_lo, u_hi, u_lo, near_x, near_u, a0, b0, c0)
     if with_low:
         acc = query_gradient(rows, G, keys, solutions, c.HALVES, c)
     else:
@@ -302,20 +356,29 @@ def key_gradients(dk, dk_u, dv, at, queries, LOW: tl.constexpr, c: tl.constexpr)
             lse, a0 = load_pairs(queries.lse_a0, m0, c.BM)
             b0, c0 = load_pairs(queries.b0_c0, m0, c.BM)
             s = tl.dot(K, tl.trans(Q), input_precision=c.PRECISION)
-            a = tl.dot(K, tl.trans(X), input_precision=c.PRECISION)
-            b = tl.dot(at.V, tl.trans(G), input_precision=c.PRECISION)
-            b = tl.dot(K, tl.trans(U), acc=b, input_precision=c.PRECISION)
+            lse_rest = lse
+            if c.EXACT:
+                near_x, near_u = load_pairs(queries.nears, m0, c.BM)
+                lse_rest = tl.load(queries.lse_rest + m0 + tl.arange(0, c.BM))
+                zeros = tl.zeros((c.BN, c.BM), tl.float32)
+                a = tl.dot(K, tl.trans(X), acc=zeros + near_x[None, :], input_precision=c.PRECISION)
+                b = tl.dot(K, tl.trans(U), acc=zeros + near_u[None, :], input_precision=c.PRECISION)
+                b = tl.dot(at.V, tl.trans(G), acc=b, input_precision=c.PRECISION)
+            else:
+                a = tl.dot(K, tl.trans(X), input_precision=c.PRECISION)
+                b = tl.dot(at.V, tl.trans(G), input_precision=c.PRECISION)
+                b = tl.dot(K, tl.trans(U), acc=b, input_precision=c.PRECISION)
             if LOW:  # not before the large halves, as elsewhere: three times the spills in float32
                 X_lo = load_queries(queries.x_lo, m0, T, whole == 0, c)
                 U_lo = load_queries(queries.u_lo, m0, T, whole == 0, c)
                 a = tl.dot(K, tl.trans(X_lo), acc=a, input_precision=c.PRECISION)
                 b = tl.dot(K, tl.trans(U_lo), acc=b, input_precision=c.PRECISION)
-            s = s * c.SCALE - lse[None, :]
+            s = log_weights(as_logits(s, c), lse[None, :], lse_rest[None, :], c)
             if whole == 0:
                 intervals = load_intervals(queries.visible, m0, c)
                 s = tl.where(sees(intervals, at.n0 + tl.arange(0, c.BN), queries.visible, True, c), s, -float("inf"))
             w = tl.math.exp2(s)
-            a += a0[None, :]
+            a = with_row(a, a0[None, :], c)
             pa = (w * a).to(K.dtype)
             dv = tl.dot(pa, G, acc=dv, input_precision=c.PRECISION)
             if c.DP <= 64:  # a sum of its own, so that no product of this tile waits for another; wider: no registers
@@ -349,6 +412,8 @@ def key_kernel(
     g,
     lse_a0_ptr,
     b0_c0_ptr,
+    nears_ptr,
+    lse_rest_ptr,
     low_ptr,
     T,
     S,
@@ -375,7 +440,8 @@ def key_kernel(
     for member in range(c.HEADS // c.KV_HEADS):
         head = kv_head * (c.HEADS // c.KV_HEADS) + member
         row = table_row(batch, head, tiles, tile, c)
-        pairs = (batch.to(tl.int64) * c.HEADS + head) * rows_of_pairs * 2
+        first_row = (batch.to(tl.int64) * c.HEADS + head) * rows_of_pairs
+        pairs = first_row * 2
         seen_by = load_tiles(table, row)
         queries = Queries(
             head_base(q, batch, T, head, c.HEADS, c.D),
@@ -386,6 +452,8 @@ def key_kernel(
             head_base(u_lo_ptr, batch, T, head, c.HEADS, c.D),
             lse_a0_ptr + pairs,
             b0_c0_ptr + pairs,
+            nears_ptr + pairs,
+            lse_rest_ptr + first_row,
             origins,
             batch,
             kv_head,

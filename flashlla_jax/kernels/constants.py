@@ -17,7 +17,9 @@ class Constants:
         STAGES, EDGE_STAGES: depth of the software pipeline over whole tiles, and over those that are compared. These
             are few but with a mask: a pipeline of their own costs more registers than it hides time.
         SCALE, QK_SCALE: factor of the logits, in units of log 2 and as it is.
+        STEEPNESS: the size of SCALE, if only just positive, so that a hidden key's -inf stays what it is.
         PRECISION: of a float32 product.
+        EXACT: it keeps all of float32; so do, then, the differences of large products, see ``tiles.py``.
         UPCAST: tiles are widened to float32 after loading, and keys taken relative to an origin.
         HALVES: x and u are carried as hi + lo.
         SPLIT_BELOW: so are a product's weights, where lambda < SPLIT_BELOW * (variance of a key's feature).
@@ -46,7 +48,9 @@ class Constants:
     EDGE_STAGES: int
     SCALE: float
     QK_SCALE: float
+    STEEPNESS: float
     PRECISION: str
+    EXACT: bool
     UPCAST: bool
     HALVES: bool
     SPLIT_BELOW: float

@@ -20,6 +20,7 @@ from flashlla_jax.kernels.tiles import (
     load_rows,
     load_tiles,
     load_values,
+    log_weights,
     logits,
     one_column,
     rounded_product,
@@ -29,6 +30,7 @@ from flashlla_jax.kernels.tiles import (
     table_row,
     visible_to,
     weights,
+    with_row,
 )
 
 # The lse of a query that sees no key: its weights are then 0 wherever they are computed. And the largest logit before
@@ -38,11 +40,15 @@ NO_LOGIT: tl.constexpr = tl.constexpr(-3e38)
 
 
 class Solution(NamedTuple):
-    """x negated, as the products take it: hi + lo, and what both leave; a_ij = a0 + x.k_j."""
+    """x negated, as the products take it: hi + lo, and what both leave; a_ij = a0 + x.k_j.
+
+    EXACT: ``near`` is -x.kbar, and a_ij = 1 + (a0 + (near + x.k_j)).
+    """
 
     hi: tl.tensor
     lo: tl.tensor
     rest: tl.tensor
+    near: tl.tensor
     a0: tl.tensor
 
 
@@ -68,8 +74,8 @@ def statistics(rows, keys, SPLIT: tl.constexpr, c: tl.constexpr):
             K = load_keys(keys, n0, edge == 1, c)
             s = logits(rows, K, n0, keys, edge == 1, c)
             new_top = tl.maximum(top, tl.max(s, 1))
-            w = tl.math.exp2(s - new_top[:, None])
-            shrink = tl.math.exp2(top - new_top)
+            w = tl.math.exp2(log_weights(s, new_top[:, None], 0.0, c))
+            shrink = tl.math.exp2(log_weights(top, new_top, 0.0, c))
             omega = omega * shrink + tl.sum(w, 1)
             acc, sums = rounded_product(w, K, acc * shrink[:, None], sums * shrink[:, None], SPLIT, c.PRECISION)
             top = new_top
@@ -79,8 +85,13 @@ def statistics(rows, keys, SPLIT: tl.constexpr, c: tl.constexpr):
 
 @triton.jit
 def x_dot_k(solution, K, LOW: tl.constexpr, REST: tl.constexpr, c: tl.constexpr):
-    """(hi + lo + rest).k_j; the smallest first: what is added to a large sum is cut to what that keeps."""
+    """(hi + lo + rest).k_j; the smallest first: what is added to a large sum is cut to what that keeps.
+
+    EXACT: with ``near``, where the sum begins: then it has the same bits whatever the compiler makes of it.
+    """
     a = tl.zeros((c.BM, c.BN), tl.float32)
+    if c.EXACT:
+        a += solution.near[:, None]
     if REST:
         a = tl.dot(solution.rest, tl.trans(K), acc=a, input_precision=c.PRECISION)
     if LOW:
@@ -89,21 +100,28 @@ def x_dot_k(solution, K, LOW: tl.constexpr, REST: tl.constexpr, c: tl.constexpr)
 
 
 @triton.jit
-def missing_weight(rows, keys, solution, c: tl.constexpr):
-    """1 - sum_j p_ij a_ij, which is 0 but for rounding.
+def mean_with(a0, rows, keys, solution, c: tl.constexpr):
+    """The mean of a0 + x.k_j under p.
 
-    Where A is nearly singular, x.k and a0 are large numbers of which little is left. What rounding did to them, and to
-    kbar before, is mostly the same for all keys that count, as a0 is.
+    That of a_ij is 1 by definition. Where A is nearly singular, or x.k is huge, x.k and a0 are large numbers of which
+    little is left. What rounding did to them, and to kbar before, is mostly the same for all keys that count, as a0 is:
+    all of it where one key holds all the weight.
     """
     total = tl.zeros((c.BM,), tl.float32)
+    whole = tl.zeros((c.BM,), tl.float32)
     for edge in tl.static_range(2):
         count = keys.tiles.edges if edge else keys.tiles.wholes
         for i in tl.range(0, count, num_stages=c.EDGE_STAGES if edge else c.STAGES):
             n0 = key_tile(keys, i, edge == 1, c)
             K = load_keys(keys, n0, edge == 1, c)
-            a = x_dot_k(solution, K, True, True, c)
-            total += tl.sum(weights(rows, K, n0, keys, edge == 1, c) * (a + solution.a0[:, None]), 1)
-    return 1.0 - total
+            a = x_dot_k(solution, K, c.HALVES, c.HALVES, c)
+            w = weights(rows, K, n0, keys, edge == 1, c)
+            total += tl.sum(w * (a + a0[:, None]), 1)
+            if c.EXACT:
+                whole += tl.sum(w, 1)
+    if c.EXACT:  # near may be off by 100: then it counts that the weights sum to 1 to 1e-7 only
+        total /= tl.where(whole == 0.0, 1.0, whole)
+    return total
 
 
 @triton.jit
@@ -117,7 +135,7 @@ def output(rows, keys, solution, LOW: tl.constexpr, REST: tl.constexpr, c: tl.co
             K = load_keys(keys, n0, edge == 1, c)
             V = load_values(keys, n0, edge == 1, c)
             w = weights(rows, K, n0, keys, edge == 1, c)
-            pa = w * (x_dot_k(solution, K, LOW, REST, c) + solution.a0[:, None])
+            pa = w * with_row(x_dot_k(solution, K, LOW, REST, c), solution.a0[:, None], c)
             acc = tl.dot(pa.to(V.dtype), V, acc=acc, input_precision=c.PRECISION)
     return acc
 
@@ -142,7 +160,9 @@ def forward_kernel(
     x_hi,
     x_lo,
     lse_ptr,
-    defect_ptr,
+    lse_rest_ptr,
+    near_ptr,
+    a0_ptr,
     damping_ptr,
     omega_ptr,
     logsumexp_ptr,
@@ -155,7 +175,6 @@ def forward_kernel(
     LOW_ABOVE: the low half of x is used where it moves some kc.x by more than this. CAREFUL_ABOVE (inf: never): what
     the halves leave of x is used, and the a_ij are made to sum to 1, where that does.
     """
-    EXACT: tl.constexpr = c.UPCAST and c.PRECISION != "tf32"
     tiles = tl.cdiv(T, c.BM)
     tile = tiles - 1 - tl.program_id(0) % tiles  # the longest prefixes first
     head = tl.program_id(0) // tiles % c.HEADS
@@ -177,7 +196,7 @@ def forward_kernel(
     lam = load_rows(lam_ptr + row_base, m0, T, c.HEADS, c.BM, 1.0)
     intervals = load_intervals(visible, m0, c)
     zeros = tl.zeros((c.BM,), tl.float32)
-    rows = Rows(Q, zeros, tl.zeros((c.BM, c.DP), tl.float32), lam, intervals)
+    rows = Rows(Q, zeros, zeros, tl.zeros((c.BM, c.DP), tl.float32), lam, intervals)
 
     top, omega, kbar = statistics(rows, keys, c.SPLIT_BELOW == float("inf"), c)
     blind = intervals.end <= intervals.start
@@ -185,14 +204,19 @@ def forward_kernel(
         blind = blind | (omega == 0.0)
     omega = tl.where(blind, 0.0, omega)
     total = tl.where(blind, 1.0, omega)
-    lse = tl.where(blind, NO_KEYS, top + tl.math.log2(total))
+    lse = top
+    lse_rest = tl.where(blind, NO_KEYS, tl.math.log2(total))
+    logsumexp = lse * c.STEEPNESS + lse_rest
+    if not c.EXACT:
+        lse = tl.where(blind, NO_KEYS, top + tl.math.log2(total))
+        logsumexp = lse
     kbar = tl.where(blind[:, None], 0.0, kbar)
-    rows = Rows(Q, lse, kbar, lam, intervals)
+    rows = Rows(Q, lse, lse_rest, kbar, lam, intervals)
 
     m = tl.where(blind[:, None], 0.0, kbar - (Q.to(tl.float32) - origin[None, :]))
     scale2 = key_scale(keys, c)
     split = tl.min(lam, 0) < c.SPLIT_BELOW * scale2
-    x, defect, iterations, rr = solve(m, rows, keys, split, c)
+    x, iterations, rr = solve(m, rows, keys, split, c)
     x = tl.where(((lam == lam) | blind)[:, None], x, float("nan"))  # a bad ridge never gives a plausible number
 
     hi = as_operand(-x, Q.dtype, c.PRECISION)
@@ -212,25 +236,28 @@ def forward_kernel(
         rest = as_operand(-x - used, Q.dtype, c.PRECISION)
         careful = matters(rest, scale2, c.CAREFUL_ABOVE)
         used += tl.where(careful, rest.to(tl.float32), 0.0)
-    a0 = 1.0 - tl.sum(used * kbar, 1)
-    if EXACT:
-        a0 += defect
+    near = -tl.sum(used * kbar, 1)
+    a0 = 1.0 + near
+    if c.EXACT:
+        a0 = -mean_with(zeros, rows, keys, Solution(hi, lo, rest, near, zeros), c)
     damping = total / (total + c.DELTA_EPS * (1.0 + tl.sum(m * x, 1)))
 
     store_rows(lse_ptr + row_base, lse, m0, T, c.HEADS, c.BM)
-    logsumexp = lse + c.SCALE * tl.sum(Q.to(tl.float32) * origin[None, :], 1)
+    logsumexp += c.SCALE * tl.sum(Q.to(tl.float32) * origin[None, :], 1)
     store_rows(logsumexp_ptr + row_base, logsumexp * 0.6931471805599453, m0, T, c.HEADS, c.BM)  # ln 2
-    if EXACT:
-        store_rows(defect_ptr + row_base, defect, m0, T, c.HEADS, c.BM)
+    if c.EXACT:
+        store_rows(lse_rest_ptr + row_base, lse_rest, m0, T, c.HEADS, c.BM)
+        store_rows(near_ptr + row_base, near, m0, T, c.HEADS, c.BM)
+        store_rows(a0_ptr + row_base, a0, m0, T, c.HEADS, c.BM)
     store_rows(damping_ptr + row_base, damping, m0, T, c.HEADS, c.BM)
     store_rows(omega_ptr + row_base, omega, m0, T, c.HEADS, c.BM)
     store_rows(iterations_ptr + row_base, iterations, m0, T, c.HEADS, c.BM)
     store_rows(residual_ptr + row_base, tl.sqrt(rr), m0, T, c.HEADS, c.BM)
 
-    solution = Solution(hi, lo, rest, a0)
+    solution = Solution(hi, lo, rest, near, a0)
     if careful:
-        a0 += missing_weight(rows, keys, solution, c)
-        out = output(rows, keys, Solution(hi, lo, rest, a0), c.HALVES, c.CAREFUL_ABOVE < float("inf"), c)
+        a0 += 1.0 - mean_with(a0, rows, keys, solution, c)
+        out = output(rows, keys, Solution(hi, lo, rest, near, a0), c.HALVES, c.CAREFUL_ABOVE < float("inf"), c)
     elif with_low:
         out = output(rows, keys, solution, c.HALVES, False, c)
     else:

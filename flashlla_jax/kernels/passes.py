@@ -18,6 +18,7 @@ from flashlla_jax.origin import origins
 from flashlla_jax.visibility import Visibility
 
 _LOG2_E = math.log2(math.e)
+_LEAST_STEEPNESS = 1e-30  # moves no logit
 _ORIGIN_ROWS = 32  # queries that share an origin of the keys: kernels/tiles.py, load_origin
 
 
@@ -26,8 +27,10 @@ class Saved(NamedTuple):
 
     x_hi: Array  # -x, and what rounding it left
     x_lo: Array
-    lse: Array  # log2 of the softmax normaliser, of the keys relative to their origin (kernels/tiles.py)
-    defect: Array  # of x, see kernels/solver.py
+    lse: Array  # log2 of the softmax normaliser, of the keys relative to their origin (kernels/tiles.py, Rows)
+    lse_rest: Array  # these three only where products keep all of float32
+    near: Array  # kernels/forward.py, Solution
+    a0: Array
     damping: Array
 
 
@@ -56,6 +59,11 @@ class _Problem(NamedTuple):
     def row(self, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         """A number per query and head."""
         return jax.ShapeDtypeStruct(self.query.shape[:3], dtype)
+
+    def exact_row(self) -> jax.ShapeDtypeStruct:
+        """A number per query and head where products keep all of float32, else one element an entry."""
+        exact = self.plan.arithmetic.exact
+        return self.row() if exact else jax.ShapeDtypeStruct((self.query.shape[0], 1, 1), jnp.float32)
 
     def solution(self, low: bool = False) -> jax.ShapeDtypeStruct:
         """x or u, or a low half of it: one element where there is none."""
@@ -104,7 +112,9 @@ class _Problem(NamedTuple):
             EDGE_STAGES=1 if few_edges else shape.num_stages,
             SCALE=options.qk_scale * _LOG2_E,
             QK_SCALE=options.qk_scale,
+            STEEPNESS=max(abs(options.qk_scale) * _LOG2_E, _LEAST_STEEPNESS),
             PRECISION=arithmetic.precision,
+            EXACT=arithmetic.exact,
             UPCAST=arithmetic.upcast,
             HALVES=arithmetic.halves,
             SPLIT_BELOW=arithmetic.split_below,
@@ -136,8 +146,8 @@ def forward(
     batch, T, S, heads, _, _, value_dim = problem.shape
     shape = plan.forward
     table = by_query_tiles(seen, S, shape.BM, shape.BN)
-    row = problem.row()
-    o, x_hi, x_lo, lse, defect, damping, omega, logsumexp, iterations, residual_norm = launch.call(
+    row, exact_row = problem.row(), problem.exact_row()
+    o, x_hi, x_lo, lse, lse_rest, near, a0, damping, omega, logsumexp, iterations, residual_norm = launch.call(
         forward_kernel,
         -(-T // shape.BM) * batch * heads,
         (query, key, value, lam, *problem.visible(table), problem.origins()),
@@ -147,7 +157,9 @@ def forward(
             problem.solution(),
             problem.solution(low=True),
             row,
-            row if plan.arithmetic.exact else jax.ShapeDtypeStruct((batch, 1, 1), jnp.float32),
+            exact_row,
+            exact_row,
+            exact_row,
             row,
             row,
             row,
@@ -157,7 +169,8 @@ def forward(
         shape,
         problem.constants(shape, table, plan.arithmetic.forward_rtol),
     )
-    return o, Saved(x_hi, x_lo, lse, defect, damping), Residuals(omega, logsumexp, iterations, residual_norm)
+    saved = Saved(x_hi, x_lo, lse, lse_rest, near, a0, damping)
+    return o, saved, Residuals(omega, logsumexp, iterations, residual_norm)
 
 
 def backward(
@@ -181,7 +194,10 @@ def backward(
     table = by_query_tiles(seen, S, shape.BM, shape.BN)
     tiles = -(-T // shape.BM)
     pairs = jax.ShapeDtypeStruct((batch, heads, tiles * shape.BM, 2), jnp.float32)
-    dq, dlam, u_hi, u_lo, lse_a0, b0_c0, low = launch.call(
+    nears, rests = pairs, jax.ShapeDtypeStruct(pairs.shape[:3], jnp.float32)
+    if not plan.arithmetic.exact:
+        nears = rests = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
+    dq, dlam, u_hi, u_lo, *of_rows, low = launch.call(
         query_kernel,
         tiles * batch * heads,
         (query, key, value, lam, *problem.visible(table), origin, *saved, g),
@@ -193,6 +209,8 @@ def backward(
             problem.solution(low=True),
             pairs,
             pairs,
+            nears,
+            rests,
             problem.row(jnp.int32),
         ),
         shape,
@@ -203,7 +221,7 @@ def backward(
     dk, dv = launch.call(
         key_kernel,
         -(-S // shape.BN) * batch * kv_heads,
-        (query, key, value, *problem.visible(table), origin, saved.x_hi, saved.x_lo, u_hi, u_lo, g, lse_a0, b0_c0, low),
+        (query, key, value, *problem.visible(table), origin, saved.x_hi, saved.x_lo, u_hi, u_lo, g, *of_rows, low),
         (T, S),
         (jax.ShapeDtypeStruct(key.shape, key.dtype), jax.ShapeDtypeStruct(value.shape, value.dtype)),
         shape,

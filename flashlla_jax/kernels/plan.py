@@ -40,7 +40,7 @@ class Arithmetic(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether products keep all of float32, so that the solves' defects are worth keeping."""
+        """Whether products keep all of float32, so that what is lost beside them is worth keeping."""
         return self.upcast and self.precision != "tf32"
 
 

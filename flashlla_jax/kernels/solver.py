@@ -13,7 +13,7 @@ from flashlla_jax.kernels.tiles import as_operand, key_tile, load_keys, one_colu
 
 @triton.jit
 def matvec(p, rows, keys, SPLIT: tl.constexpr, c: tl.constexpr):
-    """A p for every row of the tile, p in the products' dtype, and sum_j p_ij kc_ij.p as the weights were rounded."""
+    """A p for every row of the tile, p in the products' dtype."""
     p32 = p.to(tl.float32)
     offset = tl.sum(p32 * rows.kbar, 1)
     acc = tl.zeros((c.BM, c.DP), tl.float32)
@@ -27,7 +27,7 @@ def matvec(p, rows, keys, SPLIT: tl.constexpr, c: tl.constexpr):
             t = w * (tl.dot(p, tl.trans(K), input_precision=c.PRECISION) - offset[:, None])
             acc, sums = rounded_product(t, K, acc, sums, SPLIT, c.PRECISION)
     total = one_column(sums)
-    return acc - total[:, None] * rows.kbar + rows.lam[:, None] * p32, total
+    return acc - total[:, None] * rows.kbar + rows.lam[:, None] * p32
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def inverse_diagonal(rows, keys, c: tl.constexpr):
 
 @triton.jit
 def solve(rhs, rows, keys, split, c: tl.constexpr):
-    """x = A^-1 rhs, sum_j p_ij kc_ij.x (0 but for kbar's rounding), the steps of each row, and |r|^2.
+    """x = A^-1 rhs, the steps of each row, and |r|^2.
 
     The loop ends when every row has |r|^2 <= RTOL max(ATOL, |rhs|^2).
 
@@ -60,8 +60,6 @@ def solve(rhs, rows, keys, split, c: tl.constexpr):
     """
     if c.PRECONDITION:
         scaling = inverse_diagonal(rows, keys, c)
-    # where products round their operands, that is more than what kbar's rounding amounts to: no defect then
-    EXACT: tl.constexpr = c.UPCAST and c.PRECISION != "tf32"
     x = tl.zeros((c.BM, c.DP), tl.float32)
     r = rhs
     rr = tl.sum(r * r, 1)
@@ -72,7 +70,6 @@ def solve(rhs, rows, keys, split, c: tl.constexpr):
     else:
         p = as_operand(r, rows.Q.dtype, c.PRECISION)
         rz = rr
-    defect = tl.zeros((c.BM,), tl.float32)
     iterations = tl.zeros((c.BM,), tl.int32)
     shortest = tl.full((c.BM,), float("inf"), tl.float32)
     factor = tl.full((c.BM,), 0.04, tl.float32)  # of |r|^2, the worst so far
@@ -81,11 +78,11 @@ def solve(rhs, rows, keys, split, c: tl.constexpr):
     going = tl.max(live.to(tl.int32), 0)
     while (step < c.MAX_ITERS) & (going > 0):
         if (c.SPLIT_BELOW == 0.0) or (c.SPLIT_BELOW == float("inf")):
-            product, total = matvec(p, rows, keys, c.SPLIT_BELOW > 0.0, c)
+            product = matvec(p, rows, keys, c.SPLIT_BELOW > 0.0, c)
         elif split:
-            product, total = matvec(p, rows, keys, True, c)
+            product = matvec(p, rows, keys, True, c)
         else:
-            product, total = matvec(p, rows, keys, False, c)
+            product = matvec(p, rows, keys, False, c)
         p32 = p.to(tl.float32)
         curvature = tl.sum(p32 * product, 1)
         live = live & (curvature > 0)
@@ -94,8 +91,6 @@ def solve(rhs, rows, keys, split, c: tl.constexpr):
         # a row at rest must not pick up 0 * NaN or 0 * inf
         x = tl.where(live[:, None], x + alpha[:, None] * p32, x)
         r = tl.where(live[:, None], r - alpha[:, None] * product, r)
-        if EXACT:
-            defect += tl.where(live, alpha * total, 0.0)
         rr_new = tl.sum(r * r, 1)
         if c.FINISH:
             shortest = tl.where(live, tl.minimum(shortest, alpha), shortest)
@@ -121,4 +116,4 @@ def solve(rhs, rows, keys, split, c: tl.constexpr):
         begun = (iterations > 0) & (shortest > 0)
         x = tl.where(begun[:, None], x + shortest[:, None] * p.to(tl.float32), x)
         rr *= tl.where(begun, factor, 1.0)
-    return x, defect, iterations, rr
+    return x, iterations, rr

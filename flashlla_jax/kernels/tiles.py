@@ -3,6 +3,12 @@
 A tile is a (BLOCK, DP) piece of a (length, D) matrix whose rows are STRIDE elements apart, padded with zeros to the
 power of two DP. Logits are in units of log 2, and ``lse`` is the log2 of the normaliser.
 
+Three numbers of a row are nearly equal and opposite to products of 1e5 and more where queries and keys are huge: the
+normaliser to q.k, and what a_ij and b_ij have beside x.k and u.k. One float32 number would round them to 1e-7 of that.
+With EXACT each is two numbers: one near the products, at which their sum begins, and the rest, found from the very
+products that are left. That wants the same bits of a product in every kernel, so each sums it in the same order.
+(At HIGH a product of two tf32 halves may still differ by a rounding in the key kernel, which has its operands swapped.)
+
 Tensors that travel together are a NamedTuple; what is known at compile time is ``c``, see ``constants.py``.
 """
 
@@ -51,7 +57,8 @@ class Rows(NamedTuple):
     """The queries of a tile."""
 
     Q: tl.tensor  # (BM, DP), in the products' dtype
-    lse: tl.tensor  # (BM,)
+    lse: tl.tensor  # (BM,), EXACT: the largest logit, and the log2 of what weights relative to it sum to
+    lse_rest: tl.tensor
     kbar: tl.tensor  # (BM, DP), relative to the keys' origin
     lam: tl.tensor  # (BM,)
     intervals: Intervals
@@ -292,9 +299,33 @@ def sees(intervals, columns, visible, KEYS_FIRST: tl.constexpr, c: tl.constexpr)
 
 
 @triton.jit
+def as_logits(products, c: tl.constexpr):
+    """SCALE q.k. EXACT: with the sign of SCALE, not its size.
+
+    A product by SCALE is rounded, or fused with the sum that follows, as the compiler likes it in each loop; so it may
+    only follow the difference of two large logits.
+    """
+    if not c.EXACT:
+        products = products * c.SCALE
+    elif c.SCALE < 0:
+        products = -products
+    return products
+
+
+@triton.jit
+def log_weights(s, lse, rest, c: tl.constexpr):
+    """log2 of the weights relative to a normaliser."""
+    if c.EXACT:
+        s = (s - lse) * c.STEEPNESS - rest
+    else:
+        s = s - lse
+    return s
+
+
+@triton.jit
 def logits(rows, K, n0, keys, EDGE: tl.constexpr, c: tl.constexpr):
-    """SCALE q.k of a tile pair, (BM, BN); -inf where hidden."""
-    s = tl.dot(rows.Q, tl.trans(K), input_precision=c.PRECISION) * c.SCALE
+    """``as_logits`` of a tile pair, (BM, BN); -inf where hidden."""
+    s = as_logits(tl.dot(rows.Q, tl.trans(K), input_precision=c.PRECISION), c)
     if EDGE:
         s = tl.where(sees(rows.intervals, n0 + tl.arange(0, c.BN), keys.visible, False, c), s, -float("inf"))
     return s
@@ -303,7 +334,17 @@ def logits(rows, K, n0, keys, EDGE: tl.constexpr, c: tl.constexpr):
 @triton.jit
 def weights(rows, K, n0, keys, EDGE: tl.constexpr, c: tl.constexpr):
     """p_ij of a tile pair, (BM, BN); 0 where hidden."""
-    return tl.math.exp2(logits(rows, K, n0, keys, EDGE, c) - rows.lse[:, None])
+    s = logits(rows, K, n0, keys, EDGE, c)
+    return tl.math.exp2(log_weights(s, rows.lse[:, None], rows.lse_rest[:, None], c))
+
+
+@triton.jit
+def with_row(products, a0, c: tl.constexpr):
+    """a_ij, of a product and its row's number. EXACT: 1 is added last, when what is large is gone."""
+    a = products + a0
+    if c.EXACT:
+        a += 1.0
+    return a
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -92,6 +93,28 @@ def _patched_once() -> Iterator[None]:
         interpreter._patch_lang = patch
         for scope in reversed(scopes.values()):
             scope.restore()
+
+
+@contextmanager
+def products_in_order() -> Iterator[None]:
+    """float32 products summed feature by feature, each sum rounded once, as the GPU's fused multiply-adds are.
+
+    Then K Q^T has the bits of Q K^T, and so the key kernel those of the others, which BLAS does not promise.
+    """
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        if a.data.dtype != np.float32:
+            return original(self, a, b, d, *options)
+        left, right = (x.data.astype(np.float64) for x in (a, b))
+        total = d.data
+        for i in range(left.shape[1]):
+            total = (left[:, i, None] * right[None, i] + total).astype(np.float32)
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        yield
 
 
 def call(
