@@ -6,7 +6,7 @@ program of the first kernel takes BD of the key's features of one row and one sp
     top = max_j s_j,  omega = sum_j p_j,  kbar, vbar,  M = sum_j p_j (k_j - kbar) (k_j - kbar, v_j - vbar)^T
 
 with p_j = exp2(s_j - top). All four sums over the features are products for the tensor cores. M is the weighted keys,
-relative to the first key that the row sees and as hi + lo halves in registers, times keys and values as they lie in
+relative to a key near the mean and as hi + lo halves in registers, times keys and values as they lie in
 shared memory: what bounds this kernel at D = 128 is how often shared memory is read. The logits and the two means take
 a vector in the place of a matrix, which holds the vector's parts in the first of its COLUMNS.
 
@@ -23,6 +23,8 @@ import triton.language as tl
 NO_LOGIT: tl.constexpr = tl.constexpr(-3e38)
 # Of a matrix that stands for a vector: the fewest that a product takes.
 COLUMNS: tl.constexpr = tl.constexpr(16)
+# Keys whose mean weighted keys are relative to.
+FEW: tl.constexpr = tl.constexpr(32)
 
 
 class Partials(NamedTuple):
@@ -73,10 +75,25 @@ def load_rows(base, n0, visible, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADD
 
 
 @triton.jit
-def load_columns(base, n0, d, visible, STRIDE: tl.constexpr, c: tl.constexpr):
-    """Features ``d`` of BN keys from n0 on, one key a column: the keys as a product's first operand."""
-    pointers = base + (n0 + tl.arange(0, c.BN)).to(tl.int64)[None, :] * STRIDE + d[:, None]
+def load_columns(base, n, d, visible, STRIDE: tl.constexpr, c: tl.constexpr):
+    """Features ``d`` of the keys ``n``, one key a column: the keys as a product's first operand."""
+    pointers = base + n.to(tl.int64)[None, :] * STRIDE + d[:, None]
     return widened(tl.load(pointers, mask=visible[None, :] & (d[:, None] < c.D), other=0.0), c)
+
+
+@triton.jit
+def centre_of(base, low, high, mask_row, d, STRIDE: tl.constexpr, c: tl.constexpr):
+    """Features ``d`` of the mean of the first few keys of a split, of those that are visible; 0 if none is.
+
+    What the products round, they round relative to the weighted keys and to their sum: near the mean both are small,
+    whatever offset the keys have in common.
+    """
+    n = low + tl.arange(0, FEW)
+    visible = n < high
+    if c.MASK:
+        visible = visible & (tl.load(mask_row + n * c.MASK_S, mask=visible, other=0) != 0)
+    few = load_columns(base, n, d, visible, STRIDE, c).to(tl.float32)
+    return tl.sum(few, 1) / tl.maximum(tl.sum(visible.to(tl.float32), 0), 1.0)
 
 
 @triton.jit
@@ -145,7 +162,6 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
     first = first_seen(interval_ptr, first_ptr, batch * T + token, head, c)
     sees = high > low
     origin = tl.load(k_base + first * K_STRIDE + d, mask=(d < c.D) & sees, other=0.0).to(tl.float32)
-    chunk_origin = tl.load(k_base + first * K_STRIDE + chunk_d, mask=(chunk_d < c.D) & sees, other=0.0).to(tl.float32)
     query = tl.load(q_base + d, mask=d < c.D, other=0.0).to(tl.float32)
     DTYPE: tl.constexpr = tl.float32 if c.UPCAST else (tl.bfloat16 if c.WIDEN else k.dtype.element_ty)
     PARTS: tl.constexpr = 1 if c.UPCAST else 2
@@ -157,6 +173,15 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
     mask_row = mask_ptr
     if c.MASK:
         mask_row += mask_offset(batch, token, head, T, S, c)
+    place = number.to(tl.int64) * c.SPLITS + split
+    WIDTH: tl.constexpr = c.DP + c.DVP
+    chunk_means = means + place * WIDTH + chunk_d
+    if c.UPCAST:
+        centre = tl.load(k_base + first * K_STRIDE + chunk_d, mask=(chunk_d < c.D) & sees, other=0.0).to(tl.float32)
+    else:  # by way of memory: a load Triton makes in every layout that a product wants, a sum it would move there
+        tl.store(chunk_means, centre_of(k_base, low, high, mask_row, chunk_d, K_STRIDE, c))
+        tl.debug_barrier()
+        centre = tl.load(chunk_means)
 
     top = NO_LOGIT
     weights = tl.zeros((c.BN,), tl.float32)  # added up at the end: a sum now would make all warps wait
@@ -169,7 +194,7 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
         visible = columns < high
         if c.MASK:
             visible = visible & (tl.load(mask_row + columns * c.MASK_S, mask=visible, other=0) != 0)
-        keys = load_columns(k_base, n0, d, visible, K_STRIDE, c)
+        keys = load_columns(k_base, columns, d, visible, K_STRIDE, c)
         V = load_rows(v_base, n0, visible, V_STRIDE, c.DV, c.DVP, c)
         if c.UPCAST:
             keys -= origin[:, None]
@@ -188,9 +213,9 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
         kv *= shrink
         part = keys
         if CHUNKS > 1:
-            part = load_columns(k_base, n0, chunk_d, visible, K_STRIDE, c)
+            part = load_columns(k_base, columns, chunk_d, visible, K_STRIDE, c)
         if CHUNKS > 1 or not c.UPCAST:
-            part = part.to(tl.float32) - chunk_origin[:, None]
+            part = part.to(tl.float32) - centre[:, None]
         weighted = p[None, :] * part
         kk = product(weighted, K, kk, c)
         kv = product(weighted, V, kv, c)
@@ -200,20 +225,22 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
 
     omega = tl.sum(weights, 0)
     total = tl.where(omega > 0.0, omega, 1.0)
-    kbar, vbar = tl.sum(k_sum, 1) / total - shift, tl.sum(v_sum, 1) / total  # kbar relative to the origin
-    kbar = tl.where(omega > 0.0, kbar, 0.0)
-    weighted_sum = omega * kbar
+    mean = tl.where(omega > 0.0, tl.sum(k_sum, 1) / total, shift)  # of the keys as the products take them
+    kbar, vbar = mean - shift, tl.sum(v_sum, 1) / total
+    chunk_mean, chunk_kbar = mean, kbar
     if CHUNKS > 1:
-        weighted_sum = tl.sum(tl.where(d[:, None] == chunk_d[None, :], weighted_sum[:, None], 0.0), 0)
-    kk -= weighted_sum[:, None] * (kbar + shift)[None, :]
+        chunk_mean = tl.sum(tl.where(d[:, None] == chunk_d[None, :], mean[:, None], 0.0), 0)
+        chunk_kbar = tl.sum(tl.where(d[:, None] == chunk_d[None, :], kbar[:, None], 0.0), 0)
+    weighted_sum = omega * chunk_mean
+    if not c.UPCAST:
+        weighted_sum -= omega * centre
+    kk -= weighted_sum[:, None] * mean[None, :]
     kv -= weighted_sum[:, None] * vbar[None, :]
 
-    place = number.to(tl.int64) * c.SPLITS + split
-    WIDTH: tl.constexpr = c.DP + c.DVP
+    tl.store(chunk_means, chunk_kbar)
     if chunk == 0:
         tl.store(tops + place, top)
         tl.store(omegas + place, omega)
-        tl.store(means + place * WIDTH + d, kbar)
         tl.store(means + place * WIDTH + c.DP + dv, vbar)
     base = moments + (place * c.DP + chunk_d)[:, None] * WIDTH
     tl.store(base + d[None, :], kk)
