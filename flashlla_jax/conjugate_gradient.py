@@ -65,18 +65,30 @@ def solve(
     """
 
     def iterate(matvec: Callable[[Array], Array], rhs: Array) -> tuple[Array, tuple[Array, Array]]:
-        solution = _iterate(matvec, rhs, rtol, atol, max_iters, inverse_diagonal)
-        return solution.x, (solution.iterations, solution.residual_norm)
+        scale = _power_of_two(rhs)
+        floor = atol / scale[..., 0] / scale[..., 0]
+        solution = _iterate(matvec, rhs / scale, rtol, floor, max_iters, inverse_diagonal)
+        return solution.x * scale, (solution.iterations, solution.residual_norm * scale[..., 0])
 
     x, (iterations, residual_norm) = lax.custom_linear_solve(matvec, rhs, iterate, symmetric=True, has_aux=True)
     return Solution(x, iterations, residual_norm)
+
+
+def _power_of_two(rhs: Array) -> Array:
+    """(*rows, 1), of about the size of a row: divided by it, squares are numbers that have all their digits.
+
+    The gradient's right-hand side may be 1e-21, which is a key's whole weight, and its square is none any more.
+    """
+    most = jnp.max(jnp.abs(rhs), axis=-1, keepdims=True)
+    _, exponent = jnp.frexp(most)
+    return jnp.where(jnp.isfinite(most) & (most > 0), jnp.ldexp(jnp.ones_like(most), exponent), 1)
 
 
 def _iterate(
     matvec: Callable[[Array], Array],
     rhs: Array,
     rtol: float,
-    atol: float,
+    atol: Array,
     max_iters: int,
     inverse_diagonal: Array | None,
 ) -> Solution:
