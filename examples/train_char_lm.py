@@ -3,11 +3,14 @@
     python examples/train_char_lm.py                                        # LLA, minutes on two CPU cores
     python examples/train_char_lm.py --attention both                       # and softmax attention, same budget
     python examples/train_char_lm.py --attention both --preset h200
+    python examples/train_char_lm.py --mesh data=2,context=2                # on four devices; also fsdp and tensor
     python examples/train_char_lm.py --generate "def main(" "import "       # sample from the checkpoint
 
 A decoder-only transformer (pre-norm, rotary positions, AdamW with warm-up and cosine decay) whose attention alone
 differs. Training writes checkpoints: stop it with Ctrl-C or kill it, give the same command again, and it goes on to the
-same result. A batch is a function of the seed and the step only, and the loss history lies in the checkpoint.
+same result, on another mesh too. A batch is a function of the seed and the step only, and the loss history lies in the
+checkpoint. Over several hosts, start one process on each with the same flags, --coordinator HOST:PORT --processes N
+--process-id I and an --output-dir that all of them see; --mesh then takes all of their devices.
 
 Prints the validation loss beside that of a bigram model of the same text; writes the losses as JSON and as a plot.
 """
@@ -15,6 +18,7 @@ Prints the validation loss beside that of a bigram model of the same text; write
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -31,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from meshes import Placement, agreed, check_sizes, join, mesh_sizes, place, wait_for_all
 from runs import (
     Checkpoints,
     RunError,
@@ -148,16 +153,20 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 class Trainer:
-    """The jit-ed functions of one configuration on one text."""
+    """The jit-ed functions of one configuration on one text, by default on one device."""
 
-    def __init__(self, config: Config, text: Text):
+    def __init__(self, config: Config, text: Text, placement: Placement | None = None):
         self.config = config
         self._optimizer = make_optimizer(config)
         self._graph, _ = abstract_model(config)
-        self._text = jax.device_put(text.train)
-        self._validation = jax.device_put(windows(text.validation, config.eval_windows, config.context + 1))
-        self._step = jax.jit(self._train_step, donate_argnums=(0, 1))
-        self._evaluate = jax.jit(self._validation_loss)
+        self._placement = placement = placement or place(mesh_sizes(""))
+        whole = placement.whole
+        self._text = jax.device_put(text.train, whole)
+        self._validation = jax.device_put(windows(text.validation, config.eval_windows, config.context + 1), whole)
+        places = tuple(placement.of(x) for x in jax.eval_shape(self._initial))
+        self._init = jax.jit(self._initial, out_shardings=places)
+        self._step = jax.jit(self._train_step, donate_argnums=(0, 1), out_shardings=(*places, whole))
+        self._evaluate = jax.jit(self._validation_loss, out_shardings=whole)
 
     def _initial(self) -> tuple[Any, Any]:
         params = nnx.to_pure_dict(nnx.state(CharLM(self.config, rngs=nnx.Rngs(self.config.seed))))
@@ -168,16 +177,19 @@ class Trainer:
         return State(params, optimizer, {name: np.full(self.config.steps, np.nan) for name in names})
 
     def init(self) -> State:
-        return self._state(*jax.jit(self._initial)())
+        return self._state(*self._init())
 
     def abstract(self) -> State:
-        """The shapes and dtypes of the state."""
-        return self._state(*jax.eval_shape(self._initial))
+        """The shapes and dtypes of the state, and where it lies."""
+        return self._state(*self._placement.placed(jax.eval_shape(self._initial)))
 
     def _loss(self, params: Any, tokens: Array) -> Array:
         tokens = tokens.astype(jnp.int32)
-        logits = nnx.merge(self._graph, params)(tokens[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+        given, following = (
+            jax.lax.with_sharding_constraint(x, self._placement.tokens) for x in (tokens[:, :-1], tokens[:, 1:])
+        )
+        logits = nnx.merge(self._graph, params)(given)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, following).mean()
 
     def batch(self, text: Array, step: Array) -> Array:
         """``(batch, context + 1)`` random pieces of the text: a function of the seed and the step."""
@@ -204,7 +216,14 @@ class Trainer:
         return float(self._evaluate(state.params, self._validation))
 
 
-def train(config: Config, text: Text, checkpoints: Checkpoints, checkpoint_every: int, stop: StopRequest) -> State:
+def train(
+    config: Config,
+    text: Text,
+    checkpoints: Checkpoints,
+    checkpoint_every: int,
+    stop: StopRequest,
+    placement: Placement | None = None,
+) -> State:
     """Trains from the latest checkpoint, or from the start, to the last step.
 
     Raises:
@@ -214,13 +233,14 @@ def train(config: Config, text: Text, checkpoints: Checkpoints, checkpoint_every
     done = checkpoints.latest or 0
     if done:
         checkpoints.check_config(done, dataclasses.asdict(config))
-    trainer = Trainer(config, text)
+    trainer = Trainer(config, text, placement)
     state = checkpoints.restore(done, trainer.abstract()) if done else trainer.init()
     history = state.history
     if done:
         print(f"{TITLES[config.attention]}: going on after step {done} of {config.steps}")
 
-    with tqdm(total=config.steps, initial=done, desc=TITLES[config.attention], unit="step") as bar:
+    silent = jax.process_index() > 0
+    with tqdm(total=config.steps, initial=done, desc=TITLES[config.attention], unit="step", disable=silent) as bar:
         for step in range(done, config.steps):
             begin = time.perf_counter()
             history["loss"][step] = loss = trainer.step(state, step)
@@ -230,32 +250,34 @@ def train(config: Config, text: Text, checkpoints: Checkpoints, checkpoint_every
             if step > done:  # the first step of a process compiles
                 history["seconds"][step] = seconds
             last = step + 1 == config.steps
+            signal = agreed(stop.signal)
             if last or (step + 1) % config.eval_every == 0:
                 history["validation"][step] = validation = trainer.evaluate(state)
                 if not math.isfinite(validation):
                     raise RunError(f"the validation loss is {validation} after step {step + 1}; lower --learning-rate")
-                bar.write(f"step {step + 1}: loss {loss:.4f}, validation loss {validation:.4f}")
+                if not silent:
+                    bar.write(f"step {step + 1}: loss {loss:.4f}, validation loss {validation:.4f}")
             bar.set_postfix_str(f"loss {loss:.3f}, {config.batch * config.context / seconds:,.0f} tokens/s", False)
             bar.update()
-            if last or stop.signal or (step + 1) % checkpoint_every == 0:
+            if last or signal or (step + 1) % checkpoint_every == 0:
                 checkpoints.save(step + 1, state, dataclasses.asdict(config))
-            if stop.signal and not last:
+            if signal and not last:
                 message = f"stopped after step {step + 1} of {config.steps}, saved in {checkpoints.directory}"
-                raise Stopped(stop.signal, message)
+                raise Stopped(signal, message)
     return state
 
 
 # ---- what comes out
 
 
-def solver_steps(config: Config, params: Any, text: Text) -> list[float] | None:
+def solver_steps(config: Config, params: Any, text: Text, placement: Placement) -> list[float] | None:
     """By layer, the mean of the conjugate-gradient steps of LLA's solves on some of the validation text."""
     if config.attention != LLA:
         return None
     graph, _ = abstract_model(config)
     pieces = windows(text.validation, min(8, config.eval_windows), config.context).astype(np.int32)
-    steps = jax.jit(lambda params: nnx.merge(graph, params).solver_steps(pieces))(params)
-    return [round(float(x), 2) for x in steps]
+    run = jax.jit(lambda params: nnx.merge(graph, params).solver_steps(pieces), out_shardings=placement.whole)
+    return [round(float(x), 2) for x in np.asarray(run(params))]
 
 
 @dataclass(frozen=True)
@@ -289,14 +311,14 @@ class Result:
         }
 
 
-def table(results: Sequence[Result], bigram: float) -> str:
-    lines = [f"{'':18} parameters   median step       tokens/s   validation loss (nats/byte)"]
+def table(results: Sequence[Result], bigram: float, devices: int) -> str:
+    lines = [f"{'':18} parameters   median step       tokens/s     a device   validation loss (nats/byte)"]
     for r in results:
         seconds = r.step_seconds
         rate = r.config.batch * r.config.context / seconds
         row = f"{TITLES[r.config.attention]:18} {r.parameters:10,} {1e3 * seconds:10.1f} ms {rate:14,.0f}"
-        lines.append(f"{row}   {r.validation[-1][1]:.4f}")
-    lines.append(f"{'bigram model':18} {VOCABULARY**2:10,} {'':13} {'':14}   {bigram:.4f}")
+        lines.append(f"{row} {rate / devices:12,.0f}   {r.validation[-1][1]:.4f}")
+    lines.append(f"{'bigram model':18} {VOCABULARY**2:10,} {'':13} {'':14} {'':12}   {bigram:.4f}")
     return "\n".join(lines)
 
 
@@ -401,6 +423,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--checkpoint-every", type=positive, help="steps; default: a quarter of them")
     parser.add_argument("--seed", type=seed, default=0, help="of training or of sampling; default: %(default)s")
+    devices = parser.add_argument_group("devices")
+    devices.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        default=mesh_sizes(""),
+        metavar="AXIS=N,...",
+        help="data, fsdp, context or tensor, or a product of them such as data=2,context=2; default: one device",
+    )
+    devices.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, where there are several")
+    devices.add_argument("--processes", type=positive, help="how many there are")
+    devices.add_argument("--process-id", type=number(int, 0), help="the number of this one, from 0")
     size = parser.add_argument_group("size", "defaults: the preset's")
     for name in ("features", "layers", "heads", "context", "batch", "steps", "eval-every", "eval-windows"):
         size.add_argument(f"--{name}", type=positive)
@@ -443,7 +476,7 @@ def _sample_from(args: argparse.Namespace, checkpoints: Checkpoints) -> None:
         if given is not None and given != getattr(config, name):
             flag = name.replace("_", "-")
             raise RunError(f"argument --{flag}: {given}, but the checkpoint has {getattr(config, name)}; leave it out")
-    params = checkpoints.params(latest, abstract_model(config)[1])
+    params = checkpoints.params(latest, place(mesh_sizes("")).placed(abstract_model(config)[1]))
     prompts = [os.fsencode(prompt) for prompt in args.generate]  # as they were typed: they may be no UTF-8
     sampled, rate = generate(config, params, prompts, args.length, args.temperature, args.seed, args.top_k)
     print(f"---- {TITLES[config.attention]} after {latest} steps")
@@ -458,12 +491,16 @@ def _sizes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train_all(args: argparse.Namespace, attentions: Sequence[str], output: Path) -> None:
+    sizes = _sizes(args)
+    check_sizes(args.mesh, sizes)
+    placement = place(args.mesh)
+    first = jax.process_index() == 0
     for attention in attentions:  # all before the first training, so that what a stop leaves is of this command
-        if args.fresh:
+        if args.fresh and first:
             delete_folder(output / attention)
+        wait_for_all("deleted")
         prepare_folder(output / attention)
     prepare_folder(output)
-    sizes = _sizes(args)
     text = load_text()
     results = []
     for attention in attentions:
@@ -471,24 +508,26 @@ def _train_all(args: argparse.Namespace, attentions: Sequence[str], output: Path
         directory = output / attention
         every = args.checkpoint_every or math.ceil(config.steps / 4)
         with StopRequest() as stop, Checkpoints(directory) as checkpoints:
-            state = train(config, text, checkpoints, every, stop)
+            state = train(config, text, checkpoints, every, stop, placement)
         if stop.signal and attention != attentions[-1]:  # it came in the last step
             raise Stopped(stop.signal, f"stopped after {TITLES[attention]}, saved in {directory}")
-        steps = solver_steps(config, state.params, text)
+        steps = solver_steps(config, state.params, text, placement)
         results.append(Result(config, count_parameters(state.params), state.history, steps))
 
     pieces = windows(text.validation, sizes["eval_windows"], sizes["context"] + 1)
     bigram = bigram_loss(text.train, pieces)
-    device = jax.devices()[0]
+    device, count = jax.devices()[0], placement.mesh.size
     print(
-        f"{device.device_kind}, jax {jax.__version__}, {sizes['steps']} steps of "
+        f"{count} x {device.device_kind}, jax {jax.__version__}, {sizes['steps']} steps of "
         f"{sizes['batch']} x {sizes['context']} bytes"
     )
     for r in results:
         if r.solver_steps:
             print(f"mean steps of LLA's solves after training, layer by layer: {', '.join(map(str, r.solver_steps))}")
-    print(table(results, bigram))
-    about = {"device": device.device_kind, "jax": jax.__version__, "bigram_validation_loss": bigram}
+    print(table(results, bigram, count))
+    if not first:
+        return
+    about = {"device": device.device_kind, "devices": count, "jax": jax.__version__, "bigram_validation_loss": bigram}
     report = json.dumps(about | {"results": [r.as_json() for r in results]}, indent=1)
     write(output / "results.json", lambda path: path.write_text(report + "\n"))
     write(output / "loss.png", lambda path: plot(results, bigram).savefig(path, dpi=110, format="png"))
@@ -503,16 +542,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"argument --features: {sizes['features']} must be an even multiple of --heads, {sizes['heads']}")
     if sizes["warmup"] >= sizes["steps"]:
         parser.error(f"argument --warmup: {sizes['warmup']} must be less than --steps, {sizes['steps']}")
+    if args.generate is not None and args.processes is not None:
+        parser.error("argument --generate: one process samples; leave --coordinator, --processes, --process-id out")
     attentions = (LLA, SOFTMAX) if args.attention == "both" else (args.attention,)
     output = args.output_dir or Path("outputs") / "train_char_lm" / args.preset
     try:
+        join(args.coordinator, args.process_id, args.processes)
         if args.generate is None:
-            _train_all(args, attentions, output)
+            with contextlib.ExitStack() as stack:
+                if jax.process_index() > 0:  # process 0 speaks for all
+                    stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+                _train_all(args, attentions, output)
         else:
             for attention in attentions:
                 _sample(args, output / attention)
     except (RunError, NotImplementedError) as error:  # the latter: an implementation that cannot run here
         parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        # no way back: what ends a process in order would wait for the others
+        print(
+            f"{parser.prog}: error: another process is gone, or cannot be reached: {error}", file=sys.stderr, flush=True
+        )
+        os._exit(1)
     except Stopped as stopped:
         parser.exit(stopped.code, f"{parser.prog}: {stopped}; {again(args.fresh)} goes on from there\n")
     except KeyboardInterrupt:

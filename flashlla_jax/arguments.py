@@ -23,6 +23,7 @@ from flashlla_jax.visibility import LARGEST_POSITION, Hiding
 Implementation = Literal["triton", "xla", "reference"]
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
+_QKV = ("query", "key", "value")
 _AXES = {3: "(B, T, D)", 4: "(B, T, N, H)"}
 
 
@@ -84,18 +85,22 @@ def check_hiding(
     key_value_seq_lengths: Any = None,
     segment_ids: Any = None,
     mask: Any = None,
+    shards: int = 1,
 ) -> Hiding:
-    """All that hides keys; query and key have passed ``check_arrays``."""
+    """All that hides keys; query and key have passed ``check_arrays``.
+
+    Of a length that is divided they are one of ``shards`` equal parts. Lengths and offset are those of the whole.
+    """
     is_causal = check_flag("is_causal", is_causal)
     return Hiding(
         is_causal=is_causal,
         window=None if local_window_size is None else check_window(local_window_size),
-        query_offset=_check_offset(query_offset, query, key, is_causal),
-        query_lengths=_check_lengths("query_seq_lengths", query_seq_lengths, query),
-        key_lengths=_check_lengths("key_value_seq_lengths", key_value_seq_lengths, key),
+        query_offset=_check_offset(query_offset, query, key, is_causal, shards),
+        query_lengths=_check_lengths("query_seq_lengths", query_seq_lengths, query, shards),
+        key_lengths=_check_lengths("key_value_seq_lengths", key_value_seq_lengths, key, shards),
         segment_ids=None if segment_ids is None else _check_segments(segment_ids, query, key),
         same_segments=segment_ids is not None and not isinstance(segment_ids, tuple | list),
-        mask=None if mask is None else _check_mask(mask, query, key),
+        mask=None if mask is None else _check_mask(mask, query, key, shards),
     )
 
 
@@ -111,9 +116,9 @@ def check_window(window: Any) -> tuple[int, int]:
     return left, right
 
 
-def _check_offset(offset: Any, query: Array, key: Array, is_causal: bool) -> Any:
+def _check_offset(offset: Any, query: Array, key: Array, is_causal: bool, shards: int) -> Any:
     name = "query_offset"
-    queries, keys = query.shape[1], key.shape[1]
+    queries, keys = shards * query.shape[1], shards * key.shape[1]
     if offset is None:
         if is_causal and queries > keys:
             raise ValueError(
@@ -135,16 +140,15 @@ def _check_offset(offset: Any, query: Array, key: Array, is_causal: bool) -> Any
     return jnp.asarray(offset)
 
 
-def _check_lengths(name: str, lengths: Any, of: Array) -> Array | None:
+def _check_lengths(name: str, lengths: Any, of: Array, shards: int) -> Array | None:
     if lengths is None:
         return None
     lengths = check_integers(name, lengths, "an integer array")
     if lengths.shape != of.shape[:1]:
         raise ValueError(f"{name} must have the shape (B,) = {of.shape[:1]}, got {lengths.shape}")
-    if isinstance(lengths, np.ndarray) and lengths.size and not 0 <= lengths.min() <= lengths.max() <= of.shape[1]:
-        raise ValueError(
-            f"{name} must lie between 0 and the length {of.shape[1]}, got {lengths.min()} to {lengths.max()}"
-        )
+    longest = shards * of.shape[1]
+    if isinstance(lengths, np.ndarray) and lengths.size and not 0 <= lengths.min() <= lengths.max() <= longest:
+        raise ValueError(f"{name} must lie between 0 and the length {longest}, got {lengths.min()} to {lengths.max()}")
     return jnp.asarray(lengths)
 
 
@@ -175,8 +179,10 @@ def _check_segments(segment_ids: Any, query: Array, key: Array) -> tuple[Array, 
     return query_ids, key_ids
 
 
-def _check_mask(mask: Any, query: Array, key: Array) -> Array:
-    batch, length, key_length = *query.shape[:2], key.shape[1]
+def _check_mask(mask: Any, query: Array, key: Array, shards: int) -> Array:
+    batch, length, key_length = *query.shape[:2], shards * key.shape[1]
+    if shards > 1 and np.shape(mask)[-2:] == (1, key.shape[1]):  # divided as the keys are
+        key_length = key.shape[1]
     if query.ndim == 3:
         return check_mask(mask, {"(B, T, S)": (batch, length, key_length)})
     return check_mask(mask, {"(B, N, T, S)": (batch, query.shape[2], length, key_length)})
@@ -194,6 +200,30 @@ def check_mask(mask: Any, allowed: dict[str, tuple[int, ...]]) -> Array:
         raise ValueError(f"mask must have the shape {shapes}, or 1 in place of any, got {mask.shape}")
     mask = jnp.asarray(mask)
     return mask if mask.ndim == 4 else mask[:, None]
+
+
+def check_axis_name(name: Any, query: Array, key: Array, value: Array) -> tuple[str, ...]:
+    """``axis_name`` as a tuple: axes of the ``jax.shard_map`` around the call, over which the arrays are divided."""
+    names = name if isinstance(name, tuple) else (name,)
+    if not names or not all(isinstance(axis, str) for axis in names):
+        raise TypeError(f"axis_name must be None, the name of a mesh axis or a tuple of them, got {name!r}")
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if len(set(names)) < len(names) or not set(names) <= set(manual):
+        around = (
+            f"those of the jax.shard_map around the call: {', '.join(map(repr, manual))}" if manual else "none here"
+        )
+        raise ValueError(
+            f"axis_name must name different mesh axes out of {around}; got {name!r}. Outside of jax.shard_map leave it "
+            "out: the arrays' shardings say how they are divided"
+        )
+    varying = {of: jax.typeof(x).manual_axis_type.varying for of, x in zip(_QKV, (query, key, value), strict=True)}
+    for of, axes in varying.items():
+        if any(varying.values()) and not set(names) <= axes:
+            raise ValueError(
+                f"axis_name={name!r} says that the length is divided over it, but {of} is the same on all of its "
+                f"devices. Divide {of} too (in_specs), or leave axis_name out and give query_offset"
+            )
+    return names
 
 
 def check_integers(name: str, value: Any, allowed: str) -> Any:

@@ -18,12 +18,14 @@ from flashlla_jax import operator, reference
 from flashlla_jax.arguments import (
     Implementation,
     check_arrays,
+    check_axis_name,
     check_flag,
     check_hiding,
     check_implementation,
     check_options,
     check_ridge,
 )
+from flashlla_jax.context_parallel import Axes, gathered, local_visibility
 from flashlla_jax.interface import Options, Residuals
 from flashlla_jax.kernels import plan as planning
 from flashlla_jax.sharding import by_shard
@@ -38,6 +40,7 @@ Output = Float[Array, "B T Dv"] | Float[Array, "B T N Hv"]
 Ridge = float | Float[Array, "..."] | Int[Array, "..."]
 Mask = Bool[Array, "#B #T #S"] | Bool[Array, "#B #N #T #S"]
 Lengths = Int[Array, " B"]
+AxisName = str | tuple[str, ...]
 Segments = Int[Array, "B S"] | tuple[Int[Array, "B T"], Int[Array, "B S"]]
 
 
@@ -64,6 +67,7 @@ def lla_attention(
     precision: lax.PrecisionLike = ...,
     implementation: Implementation | None = ...,
     return_residuals: Literal[False] = ...,
+    axis_name: AxisName | None = ...,
 ) -> Output: ...
 
 
@@ -90,6 +94,7 @@ def lla_attention(
     precision: lax.PrecisionLike = ...,
     implementation: Implementation | None = ...,
     return_residuals: Literal[True],
+    axis_name: AxisName | None = ...,
 ) -> tuple[Output, Residuals]: ...
 
 
@@ -115,6 +120,7 @@ def lla_attention(
     precision: lax.PrecisionLike = None,
     implementation: Implementation | None = None,
     return_residuals: bool = False,
+    axis_name: AxisName | None = None,
 ) -> Output | tuple[Output, Residuals]:
     r"""Local Linear Attention (Zuo et al., ICLR 2026, arXiv 2510.01450).
 
@@ -138,8 +144,15 @@ def lla_attention(
     Differentiable in ``query``, ``key``, ``value`` and ``ridge_lambda``, in reverse mode. With ``implementation="xla"``
     the gradient can be differentiated again in forward mode (``jax.hessian``, Hessian-vector products by ``jax.jvp`` of
     ``jax.grad``); with ``implementation="reference"`` in any mode. Works under ``jax.jit``, ``jax.vmap``,
-    ``jax.checkpoint``, ``jax.lax.scan`` and ``jax.shard_map``. On a mesh with explicit axes, or with automatic ones
-    under ``jax.jit``, the arrays may be sharded along the batch and the heads; each device computes its own.
+    ``jax.checkpoint``, ``jax.lax.scan`` and ``jax.shard_map``.
+
+    On several devices each computes the batch entries, heads and queries that it holds: of arrays on a mesh with
+    explicit axes, on one with automatic axes under ``jax.jit``, and inside ``jax.shard_map``, where ``axis_name`` says
+    over which axes the length is divided. Keys and values are then gathered whole on every device (their gradients are
+    reduce-scattered), queries stay, and the work of causal calls is balanced without a change of the data's order. The
+    length divides as the query's does; key and value may lie otherwise, and are sent to where they are needed. It has
+    to divide evenly, for explicit axes and ``jax.shard_map`` by JAX's own rule; on automatic axes what does not is
+    computed whole on every device. Pad it where it does not, and hide the rest by the lengths.
 
     A query sees the keys that all of ``is_causal``, ``local_window_size``, the lengths, ``segment_ids`` and ``mask``
     allow. Work and memory are spent on what is visible: a window or a packed row costs what it shows. A query that sees
@@ -191,6 +204,11 @@ def lla_attention(
             never replaced. Where None is served by XLA beside an NVIDIA GPU, a warning says why.
         return_residuals: Whether to return ``(o, residuals)``, residuals being a
             :class:`~flashlla_jax.Residuals` (omega, logsumexp, iterations, residual_norm) of constants.
+        axis_name: Inside ``jax.shard_map``, the mesh axis, or tuple of mesh axes, over which the length of query, key
+            and value is divided, the earlier parts on the earlier devices; None where each device has whole sequences.
+            B, T and S are this device's then, in ridge, segments and mask too. But ``query_seq_lengths``,
+            ``key_value_seq_lengths``, ``query_offset`` and ``local_window_size`` count along the whole, and a mask
+            covers all keys: ``(B, N, T, S)`` with the whole S, or ``(B, N, 1, S)`` with the device's.
 
     Returns:
         The output in the query's dtype, ``(B, T, Dv)`` or ``(B, T, N, Hv)``; with ``return_residuals`` the pair.
@@ -198,12 +216,13 @@ def lla_attention(
     Raises:
         TypeError: An argument has the wrong type or dtype, or the dtypes of query, key and value differ.
         ValueError: A shape does not fit, or a number is out of range.
-        NotImplementedError: The named implementation cannot serve this call here, or an array is sharded along its
-            length or its last axis, or the key/value heads do not divide among the devices.
+        NotImplementedError: The named implementation cannot serve this call here, an array is sharded along its last
+            axis, or the key/value heads, or beside sharded queries the keys, do not divide evenly among the devices.
     """
     return_residuals = check_flag("return_residuals", return_residuals)
     is_causal = check_flag("is_causal", is_causal)
     query, key, value = check_arrays(query, key, value)
+    axes = None if axis_name is None else check_axis_name(axis_name, query, key, value)
     hiding = check_hiding(
         query,
         key,
@@ -214,13 +233,14 @@ def lla_attention(
         key_value_seq_lengths=key_value_seq_lengths,
         segment_ids=segment_ids,
         mask=mask,
+        shards=1 if axes is None else lax.axis_size(axes),
     )
     ridge_lambda = check_ridge(ridge_lambda, query)
     options = check_options(
         query, qk_scale, delta_eps, cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, precision
     )
     chosen = choose("lla_attention", implementation, planning.refusal(query, value))
-    o, residuals = _run(*_static_and_arrays(hiding, options, chosen), query, key, value, ridge_lambda)
+    o, residuals = _run(*_static_and_arrays(hiding, options, chosen, axes), query, key, value, ridge_lambda)
     if not return_residuals:
         return o
     # which implementations keep finite, for jax_debug_infs
@@ -249,6 +269,7 @@ def lla_attention_and_omega(
     is_causal: bool = True,
     precision: lax.PrecisionLike = None,
     implementation: Implementation | None = None,
+    axis_name: AxisName | None = None,
 ) -> tuple[Output, Array]:
     """The explicit form, ``flashlla``'s ``LLAFunction.apply`` with its argument order: ``(o, omega)``.
 
@@ -277,6 +298,7 @@ def lla_attention_and_omega(
         precision=precision,
         implementation=implementation,
         return_residuals=True,
+        axis_name=axis_name,
     )
     return o, residuals.omega
 
@@ -287,15 +309,16 @@ class _Static(NamedTuple):
     hiding: Hiding  # its numbers; its arrays are None
     options: Options
     implementation: Implementation | None  # None for what fits the platform
+    axes: Axes | None  # mesh axes over which the length is divided, inside of jax.shard_map
 
 
 def _static_and_arrays(
-    hiding: Hiding, options: Options, implementation: Implementation | None
+    hiding: Hiding, options: Options, implementation: Implementation | None, axes: Axes | None
 ) -> tuple[_Static, dict[str, Any]]:
     arrays = {
         name: x for name, x in hiding._asdict().items() if x is not None and not isinstance(x, int) and name != "window"
     }
-    return _Static(hiding._replace(**dict.fromkeys(arrays)), options, implementation), arrays
+    return _Static(hiding._replace(**dict.fromkeys(arrays)), options, implementation, axes), arrays
 
 
 @partial(jax.jit, static_argnums=0)  # so that a call outside of any jit is compiled once
@@ -305,17 +328,27 @@ def _run(
     one_head = query.ndim == 3
     if one_head:
         query, key, value, lam = (x[:, :, None] for x in (query, key, value, lam))
-    o, residuals = by_shard(partial(_attend, static), query, key, value, lam, hiding)
+    o, residuals = by_shard(partial(_attend, static), query, key, value, lam, hiding, lengthwise=True)
     if one_head:
         o, residuals = jax.tree.map(lambda x: x[:, :, 0], (o, residuals))
     return o, lax.stop_gradient(residuals)
 
 
-def _attend(static: _Static, query: Array, key: Array, value: Array, lam: Array, hiding: dict[str, Any]) -> Any:
-    seen = visibility(static.hiding._replace(**hiding), query.shape[1], key.shape[1])
-    if static.implementation == "reference":
-        return reference.attention(query, key, value, lam, seen, static.options)
-    return operator.attend(query, key, value, lam, seen, static.options, only=static.implementation)
+def _attend(
+    static: _Static, query: Array, key: Array, value: Array, lam: Array, hiding: dict[str, Any], axes: Axes | None
+) -> Any:
+    """``axes``: the mesh axes over which the length is divided; the arrays are this device's then."""
+    hidden = static.hiding._replace(**hiding)
+    axes = axes or static.axes
+    if axes is None:
+        seen = visibility(hidden, query.shape[1], key.shape[1])
+    else:
+        seen = local_visibility(hidden, query.shape[1], key.shape[1], axes)
+    if static.implementation != "reference":
+        return operator.attend(query, key, value, lam, seen, static.options, only=static.implementation, axes=axes)
+    if axes is not None:
+        key, value = gathered(key, axes), gathered(value, axes)
+    return reference.attention(query, key, value, lam, seen, static.options)
 
 
 def default_implementation() -> Implementation:

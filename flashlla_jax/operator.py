@@ -8,11 +8,13 @@ the rule by which XLA may divide the call among devices.
 Where a call may be lowered for either, what is kept for the backward pass is what the kernels keep. The XLA path, the
 exception in a program that was traced beside a GPU, leaves it empty and runs the forward pass again.
 
-Under ``jax.vmap`` a new axis is folded into the batch.
+Under ``jax.vmap`` a new axis is folded into the batch. Where the length is divided among devices, what a primitive
+stands for gathers the keys and scatters their gradients itself (context_parallel.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -25,6 +27,7 @@ from jax.interpreters import ad, batching, mlir, xla
 from jaxtyping import Array
 
 from flashlla_jax import blockwise
+from flashlla_jax.context_parallel import Axes, over_length
 from flashlla_jax.interface import Options, Residuals, usable_ridge
 from flashlla_jax.kernels import passes
 from flashlla_jax.kernels.plan import plan_for
@@ -39,11 +42,13 @@ class _Call:
     Attributes:
         only: the implementation on every platform, or None for the one that fits the platform.
         plan: launch shapes and arithmetic of the kernels; None where they are not asked for.
+        axes: the mesh axes over which the length is divided inside of ``jax.shard_map``, or None.
     """
 
     options: Options
     only: Literal["triton", "xla"] | None
     plan: Any
+    axes: Axes | None
 
 
 def attend(
@@ -56,6 +61,7 @@ def attend(
     *,
     only: Literal["triton", "xla"] | None = None,
     plan: Any = None,
+    axes: Axes | None = None,
 ) -> tuple[Array, Residuals]:
     """Local Linear Attention of the canonical call (interface.py), with its exact gradient, once.
 
@@ -68,13 +74,15 @@ def attend(
         options: the static options.
         only: an implementation for every platform; None for Triton on CUDA and XLA elsewhere.
         plan: what the kernels are launched with, from ``kernels.plan.plan_for``; None for what fits this machine.
+        axes: inside of ``jax.shard_map``, the mesh axes over which T and S are divided; the visibility is that of this
+            device's queries, of all keys.
     """
     if only == "xla":
         plan = None
     elif plan is None:
         plan = plan_for(query, value, options.precision, few_keys=visibility.few_keys)
     given = (query, key, value, ridge_lambda, visibility)
-    return _attend(*varying_like(given, given), _Call(options, only, plan))
+    return _attend(*varying_like(given, given), _Call(options, only, plan, axes))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -84,19 +92,13 @@ def _attend(query: Array, key: Array, value: Array, lam: Array, seen: Visibility
 
 def _attend_fwd(query: Array, key: Array, value: Array, lam: Array, seen: Visibility, call: _Call) -> tuple[Any, Any]:
     lam = usable_ridge(lam)
-    if not seen.complete:
-        query, key, value = without_hidden(query, key, value, seen)
-        lam = jnp.where(seeing_queries(seen, key.shape[1]), lam, 1)
     o, saved, residuals = _bind(_forward_p, call, (query, key, value, lam, seen))
     return (o, residuals), (query, key, value, lam, seen, saved)
 
 
 def _attend_bwd(call: _Call, kept: Any, cotangents: Any) -> tuple[Any, ...]:
-    query, key, value, lam, seen, saved = kept
     g, _ = cotangents
-    if not seen.complete:
-        g = jnp.where(seeing_queries(seen, key.shape[1])[..., None], g, 0)
-    return *_bind(_backward_p, call, (query, key, value, lam, seen, saved, g)), None
+    return *_bind(_backward_p, call, (*kept, g)), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -109,28 +111,35 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 @cache
 def _kernels(primitive: Primitive, call: _Call) -> Any:
     """The Triton side."""
-    run = partial(_run_kernels, backward=primitive is _backward_p, call=call)
-
-    def divided(*given: Any) -> Any:
-        return varying_like(divisible(run)(*given), given)
-
-    return jax.jit(divided)
-
-
-def _run_kernels(*given: Any, backward: bool, call: _Call) -> Any:
-    run: Any = passes.backward if backward else passes.forward
-    return run(*given, call.options, call.plan)
+    return jax.jit(_divided(partial(_run_kernels, backward=primitive is _backward_p, call=call), primitive, call))
 
 
 @cache
 def _blockwise(primitive: Primitive, call: _Call) -> Any:
     """The XLA side."""
-    return jax.jit(partial(_blockwise_backward if primitive is _backward_p else _blockwise_forward, call=call))
+    return jax.jit(_divided(_run_blockwise(primitive, call), primitive, call))
+
+
+def _divided(run: Callable[..., Any], primitive: Primitive, call: _Call) -> Callable[..., Any]:
+    """``run`` on the arrays of a call, or on what of them a device has."""
+    backward = primitive is _backward_p
+    lengthwise = partial(over_length, run, backward=backward)
+    placed = divisible(run, lengthwise, (1, 2) if backward else ()) if call.axes is None else lengthwise(call.axes)
+    return lambda *given: varying_like(placed(*given), given)
+
+
+def _run_kernels(*given: Any, backward: bool, call: _Call) -> Any:
+    run: Any = passes.backward if backward else passes.forward
+    return run(*_shown(*given), call.options, call.plan)
+
+
+def _run_blockwise(primitive: Primitive, call: _Call) -> Callable[..., Any]:
+    return partial(_blockwise_backward if primitive is _backward_p else _blockwise_forward, call=call)
 
 
 def _blockwise_forward(*given: Any, call: _Call) -> Any:
     run: Any = blockwise.forward
-    o, saved, residuals = run(*given, call.options)
+    o, saved, residuals = run(*_shown(*given), call.options)
     if call.only is None:
         _, types, _ = jax.eval_shape(partial(_run_kernels, backward=False, call=call), *given)
         saved = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
@@ -138,12 +147,24 @@ def _blockwise_forward(*given: Any, call: _Call) -> Any:
 
 
 def _blockwise_backward(*given: Any, call: _Call) -> Any:
-    *inputs, saved, g = given
+    *inputs, saved, g = _shown(*given)
     forward: Any = blockwise.forward
     backward: Any = blockwise.backward
     if call.only is None:
         _, saved, _ = forward(*inputs, call.options)
     return varying_like(backward(*inputs, saved, g, call.options), given)
+
+
+def _shown(query: Array, key: Array, value: Array, lam: Array, seen: Visibility, *rest: Any) -> tuple[Any, ...]:
+    """The arguments of a pass without what is hidden, where it could do harm: NaN would outlive a weight of 0."""
+    if seen.complete:
+        return query, key, value, lam, seen, *rest
+    sees = seeing_queries(seen, key.shape[1])
+    query, key, value = without_hidden(query, key, value, seen)
+    if rest:
+        saved, g = rest
+        rest = saved, jnp.where(sees[..., None], g, 0)
+    return query, key, value, jnp.where(sees, lam, 1), seen, *rest
 
 
 def _bind(primitive: Primitive, call: _Call, given: tuple[Any, ...]) -> Any:
@@ -186,9 +207,9 @@ def _batched(
     def fold_argument(x: Any, is_mapped: Any) -> Any:
         if not isinstance(x, Visibility):
             return jax.tree.map(fold, x, is_mapped)
-        start, end, query_ids, key_ids, contiguous = fold_all(_intervals(x), _intervals(is_mapped))
-        mask = fold_all(x.mask, is_mapped.mask)
-        return Visibility(start, end, query_ids, key_ids, contiguous, mask, x.from_first, x.complete)
+        names = ("start", "end", "query_ids", "key_ids", "contiguous")
+        folds = fold_all(*({name: getattr(side, name) for name in names} for side in (x, is_mapped)))
+        return dataclasses.replace(x, **folds, mask=fold_all(x.mask, is_mapped.mask))
 
     given = [fold_argument(*pair) for pair in zip(tree.unflatten(flat), tree.unflatten(mapped), strict=True)]
     out = jax.tree.leaves(_bind(primitive, call, tuple(given)))
@@ -200,10 +221,6 @@ def folded(size: int, batch: int, x: Array, is_mapped: bool) -> Array:
     x = x if is_mapped else x[None]
     x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
     return x.reshape(size * batch, *x.shape[2:])
-
-
-def _intervals(seen: Visibility) -> tuple[Any, ...]:
-    return seen.start, seen.end, seen.query_ids, seen.key_ids, seen.contiguous
 
 
 _SECOND_DERIVATIVE = (
@@ -224,7 +241,8 @@ def _derivative(
         _refuse_derivative()
     out = primitive.bind(*primals, call=call, tree=tree, jaxpr=jaxpr)
     moving = tuple(i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero)
-    pushed = iter(_tangent_p.bind(*primals, *(tangents[i] for i in moving), jaxpr=jaxpr, moving=moving))
+    given = (*primals, *(tangents[i] for i in moving))
+    pushed = iter(_tangent_p.bind(*given, of=primitive, call=call, tree=tree, jaxpr=jaxpr, moving=moving))
     return out, [next(pushed) if _is_float(x) else ad.Zero(jax.typeof(x).to_tangent_aval()) for x in out]
 
 
@@ -232,16 +250,24 @@ def _is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _push(*flat: Array, jaxpr: ClosedJaxpr, moving: tuple[int, ...]) -> list[Array]:
-    """The tangents of the floating results, for primals and the tangents of those that move."""
+def _push(
+    *flat: Array, of: Primitive, call: _Call, tree: Any, jaxpr: ClosedJaxpr, moving: tuple[int, ...]
+) -> list[Array]:
+    """The tangents of the floating results, for primals and the tangents of those that move.
+
+    Not of the jaxpr itself: what XLA is told to divide cannot be differentiated.
+    """
     count = len(jaxpr.in_avals)
     primals, tangents = flat[:count], flat[count:]
+    plain = _run_blockwise(of, call)
+    if call.axes is not None:
+        plain = over_length(plain, call.axes, backward=of is _backward_p)
 
     def run(*moved: Array) -> list[Array]:
         given = list(primals)
         for i, x in zip(moving, moved, strict=True):
             given[i] = x
-        return [x for x in jaxpr_as_fun(jaxpr)(*given) if _is_float(x)]
+        return [x for x in jax.tree.leaves(plain(*tree.unflatten(given))) if _is_float(x)]
 
     return jax.jvp(run, tuple(primals[i] for i in moving), tangents)[1]
 
@@ -249,7 +275,7 @@ def _push(*flat: Array, jaxpr: ClosedJaxpr, moving: tuple[int, ...]) -> list[Arr
 def _tangent_primitive() -> Primitive:
     """``_push``, as what says clearly that it cannot be transposed: XLA's loops do not run backwards."""
     made = _named("lla_tangent")
-    made.def_abstract_eval(lambda *_, jaxpr, moving: [x for x in jaxpr.out_avals if _is_float(x)])
+    made.def_abstract_eval(lambda *_, jaxpr, **__: [x for x in jaxpr.out_avals if _is_float(x)])
     mlir.register_lowering(made, _lowering(_push))
     ad.primitive_transposes[made] = _refuse_derivative
     ad.primitive_jvps[made] = _refuse_derivative

@@ -1,12 +1,15 @@
-"""Calls on several devices: each computes the batch entries and heads that it holds, and none needs another's.
+"""Calls on several devices: each computes the batch entries, the heads and the queries that it holds.
 
-Inside ``jax.shard_map`` that is so by itself; JAX then wants to know of every array over which mesh axes it varies. On
-a mesh with explicit axes the call goes through ``jax.shard_map``. On one with automatic axes XLA divides what it can
-see into; what it cannot, it is told how to divide.
+Batch entries and heads need nothing of each other. Where the length is divided, ``context_parallel.py`` says what the
+devices send. Inside ``jax.shard_map`` a call tells over which mesh axes that is; JAX then wants to know of every array
+over which axes it varies. On a mesh with explicit axes the call goes through ``jax.shard_map``. On one with automatic
+axes XLA is told how to divide it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -39,51 +42,64 @@ def _varying(x: Any) -> frozenset[str]:
 
 
 class _Axes(NamedTuple):
-    """The mesh axes over which the batch and the heads lie."""
+    """The mesh axes over which the batch, the queries and the heads lie."""
 
     batch: Any
+    length: Any
     heads: Any
 
 
 def by_shard(
-    attend: Callable[..., Any], query: Array, key: Array, value: Array, lam: Array, hiding: dict[str, Any]
+    attend: Callable[..., Any],
+    query: Array,
+    key: Array,
+    value: Array,
+    lam: Array,
+    hiding: dict[str, Any],
+    *,
+    lengthwise: bool = False,
 ) -> Any:
     """``attend`` of the canonical call, run where the arrays lie if a mesh with explicit axes says where.
 
-    ``hiding`` holds arrays, or pairs of them, whose axis 0 is the batch (or 1, or missing) and, of the mask, axis 1 the
-    heads (or 1).
+    ``hiding`` holds arrays, or pairs of them of which the first is the queries', whose axis 0 is the batch (or 1, or
+    missing) and, of the mask, axis 1 the heads (or 1) and axis 2 the queries (or 1).
+
+    With ``lengthwise`` the length may be divided. ``attend`` then has the mesh axes that it lies over as a last
+    argument, None where it is whole; keys and values are divided as the query is.
     """
 
     def local(query: Array, key: Array, value: Array, lam: Array, hiding: dict[str, Any]) -> Any:
         given = (query, key, value, lam, hiding)
-        return attend(*varying_like(given, given))
+        return attend(*varying_like(given, given), *((names(axes.length),) if lengthwise else ()))
 
     given = (query, key, value, lam, hiding)
-    mesh, axes = _placed({"query": query, "key": key, "value": value})
+    mesh, axes = _placed({"query": query, "key": key, "value": value}, lengthwise)
     if mesh is None:
         return local(*given)
-    shards = _size(mesh, axes.heads)
-    if key.shape[2] % shards:
-        raise NotImplementedError(
-            f"the key/value heads must divide evenly among the {shards} shards of mesh axis {axes.heads!r}, got "
-            f"{key.shape[2]}; repeat them, or shard the batch instead"
-        )
-    rows = P(axes.batch, None, axes.heads)
-    wide = P(axes.batch, None, axes.heads, None)
+    _check_division(mesh, axes, key)
+    rows = P(axes.batch, axes.length, axes.heads)
+    wide = P(axes.batch, axes.length, axes.heads, None)
 
-    def place(x: Array) -> P:
+    def place(x: Array, axis_1: Any) -> P:
         batch = axes.batch if x.ndim and x.shape[0] == query.shape[0] else None
         if x.ndim == 4:
-            return P(batch, axes.heads if x.shape[1] > 1 else None, None, None)
-        return P(*(batch if i == 0 else None for i in range(x.ndim)))
+            return P(batch, axes.heads if x.shape[1] > 1 else None, axes.length if x.shape[2] > 1 else None, None)
+        return P(*(batch, axis_1)[: x.ndim])
 
-    specs = (wide, wide, wide, rows, jax.tree.map(place, hiding))
+    def place_all(x: Any) -> Any:
+        return tuple(place(ids, axes.length) for ids in x) if isinstance(x, tuple) else place(x, None)
+
+    specs = (wide, wide, wide, rows, {name: place_all(x) for name, x in hiding.items()})
     placed = jax.tree.map(lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)), given, specs)
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(wide, rows))(*placed)
 
 
-def _placed(arrays: dict[str, Array]) -> tuple[Any, _Axes]:
-    """The mesh with explicit axes that some array lies on, if any, and the axes of batch and heads."""
+def _placed(arrays: dict[str, Array], lengthwise: bool) -> tuple[Any, _Axes]:
+    """The mesh with explicit axes that some array lies on, if any, and the axes of the call.
+
+    The query's, and where it has none those of key and value that are still free. Of the length the query alone
+    decides.
+    """
     found: dict[int, Any] = {}
     mesh = None
     for name, x in arrays.items():
@@ -91,105 +107,174 @@ def _placed(arrays: dict[str, Array]) -> tuple[Any, _Axes]:
         for i, axis in enumerate(sharding.spec):
             if axis is None:
                 continue
-            if i not in (0, 2):
+            if i == 3 or (i == 1 and not lengthwise):
                 what = "length" if i == 1 else "head dimension"
+                may = "batch, length and heads" if lengthwise else "batch and heads"
                 raise NotImplementedError(
-                    f"{name} is sharded along its {what} (mesh axis {axis!r}); only the batch and the heads may be: "
+                    f"{name} is sharded along its {what} (mesh axis {axis!r}); only {may} may be: "
                     "use jax.sharding.reshard before the call"
                 )
             mesh = sharding.mesh
-            found.setdefault(i, axis)
-    return mesh, _Axes(found.get(0), found.get(2))
+            used = {name for other in found.values() for name in names(other) or ()}
+            if name == "query" or (i != 1 and not used.intersection(names(axis) or ())):
+                found.setdefault(i, axis)
+    return mesh, _Axes(found.get(0), found.get(1), found.get(2))
+
+
+def _check_division(mesh: Any, axes: _Axes, key: Array) -> None:
+    shards = _size(mesh, axes.heads)
+    if key.shape[2] % shards:
+        raise NotImplementedError(
+            f"the key/value heads must divide evenly among the {shards} shards of mesh axis {axes.heads!r}, got "
+            f"{key.shape[2]}; repeat them, or shard the batch instead"
+        )
+    shards = _size(mesh, axes.length)
+    if key.shape[1] % shards:
+        raise NotImplementedError(
+            f"where the query's length is sharded, the key's must divide evenly among the {shards} shards of mesh axis "
+            f"{axes.length!r}, got {key.shape[1]}; pad keys and values and give key_value_seq_lengths and query_offset"
+        )
+
+
+def names(axes: Any) -> tuple[str, ...] | None:
+    """The mesh axes of an entry of a PartitionSpec; None where there is none."""
+    return axes if axes is None or isinstance(axes, tuple) else (axes,)
 
 
 def _size(mesh: Any, axes: Any) -> int:
-    size = 1
-    for axis in axes if isinstance(axes, tuple) else (axes,) if axes is not None else ():
-        size *= mesh.shape[axis]
-    return size
+    return math.prod(mesh.shape[axis] for axis in names(axes) or ())
 
 
 class _Places(NamedTuple):
-    """Which axes of an array are the batch and the heads; None where it has no such axis, or all share one."""
+    """Which axes of an array are the batch, the heads, the queries and the keys.
+
+    None where it has no such axis, where all share one, or where it stays whole.
+    """
 
     batch: int | None
     heads: int | None
+    queries: int | None
+    keys: int | None
 
 
-def _places(arrays: Any, batch: int) -> Any:
-    """The places of every array of the tree: those of a visibility's, and axes 0 and 2 of all others."""
+class _Sides(NamedTuple):
+    """What the places of a call's arrays depend on."""
 
-    def of(x: Any) -> Any:
-        if not isinstance(x, Visibility):
-            return _Places(0, 2 if x.shape[2] > 1 else None)
-        return jax.tree.map(of_hiding, x)
+    batch: int
+    queries: int | None  # how many; None where the length stays whole
+    key_results: tuple[int, ...]
 
-    def of_hiding(x: Any) -> _Places:
-        return _Places(0 if x.shape[0] == batch else None, 1 if len(x.shape) == 4 and x.shape[1] > 1 else None)
+    def of_given(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Of a call's arguments; the second and third are the key side."""
+        return tuple(self._of(x, i in (1, 2)) for i, x in enumerate(given))
 
-    return jax.tree.map(of, arrays, is_leaf=lambda x: isinstance(x, Visibility))
+    def of_results(self, results: Any) -> Any:
+        if not isinstance(results, tuple):
+            return self._of(results, False)
+        return tuple(self._of(x, i in self.key_results) for i, x in enumerate(results))
+
+    def _of(self, tree: Any, keys: bool) -> Any:
+        def of(x: Any) -> Any:
+            if isinstance(x, Visibility):
+                return self._of_visibility(x)
+            heads = 2 if x.shape[2] > 1 else None
+            if self.queries is None:
+                return _Places(0, heads, None, None)
+            if keys:
+                return _Places(0, heads, None, 1)
+            return _Places(0, heads, 1 if x.shape[1] == self.queries else None, None)  # None: a placeholder
+
+        return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, Visibility))
+
+    def _of_visibility(self, seen: Visibility) -> Any:
+        rows = {"start", "end", "query_ids", "mask"} if self.queries is not None else set()
+
+        def of(name: str, x: Any) -> Any:
+            if x is None:
+                return None
+            mask = len(x.shape) == 4
+            axis = 2 if mask else 1
+            divided = name in rows and x.shape[axis] > 1
+            batch = 0 if x.shape[0] == self.batch else None
+            return _Places(batch, 1 if mask and x.shape[1] > 1 else None, axis if divided else None, None)
+
+        fields = ("start", "end", "query_ids", "key_ids", "contiguous", "mask")
+        return dataclasses.replace(seen, **{name: of(name, getattr(seen, name)) for name in fields})
 
 
-def divisible(run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run``, opaque to XLA, as what XLA may divide by batch and heads on a mesh with automatic axes.
+def _leaves(places: Any) -> list[_Places]:
+    return jax.tree.leaves(places, is_leaf=lambda x: isinstance(x, _Places))
 
-    Its first arguments are query and key, one may be a ``Visibility``; of all its other arrays, in and out, axis 0 is
-    the batch, and axis 2 the heads, the key/value heads, or 1. On one device nothing changes: ``run`` is lowered as it
-    is.
+
+def divisible(
+    run: Callable[..., Any],
+    over_length: Callable[[tuple[str, ...]], Callable[..., Any]] | None = None,
+    key_results: tuple[int, ...] = (),
+) -> Callable[..., Any]:
+    """``run``, opaque to XLA, as what XLA may divide by batch, heads and length on a mesh with automatic axes.
+
+    Its first arguments are query, key and value, one may be a ``Visibility``; of all its other arrays, in and out, axis
+    0 is the batch, and axis 2 the heads, the key/value heads, or 1. ``over_length`` makes of mesh axes what computes a
+    part of the length: of all arrays axis 1 is then the queries (or 1), but of key, value and those of the results that
+    ``key_results`` numbers the keys. Without it the length stays whole. A length of queries or keys that does not
+    divide evenly stays whole too. On one device nothing changes: ``run`` is lowered as it is.
     """
+
+    def sides(query: Any) -> _Sides:
+        return _Sides(query.shape[0], None if over_length is None else query.shape[1], key_results)
 
     def partition(mesh: Any, given: Any, results: Any) -> Any:
         query, key = given[:2]
-        batch, _, heads, _ = query.sharding.spec
+        batch, length, heads, _ = query.sharding.spec
         if key.shape[2] % _size(mesh, heads):
             heads = None  # a group of query heads needs its key head
+        if over_length is None or query.shape[1] % _size(mesh, length) or key.shape[1] % _size(mesh, length):
+            length = None
 
         def place(x: Any, places: _Places) -> NamedSharding:
-            axes = {places.batch: batch, places.heads: heads}
+            axes = {places.batch: batch, places.heads: heads, places.queries: length, places.keys: length}
             return NamedSharding(mesh, P(*(axes.get(i) for i in range(len(x.shape)))))
 
-        def shardings(tree: Any) -> Any:
-            return jax.tree.map(place, tree, _places(tree, query.shape[0]))
-
-        return mesh, run, shardings(results), shardings(given)
+        of = sides(query)
+        shardings = jax.tree.map(place, (given, results), (of.of_given(given), of.of_results(results)))
+        lower = over_length(names(length) or ()) if over_length is not None and length is not None else run
+        return mesh, lower, shardings[1], shardings[0]
 
     def call(*arrays: Any) -> Any:
         if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
             return run(*arrays)  # inside jax.shard_map it is divided already
         divided = custom_partitioning(lambda *arrays: run(*arrays))  # which would fill in a partial's keywords
-        divided.def_partition(partition, sharding_rule=partial(_rule, jax.tree.structure(arrays)))
+        rule = partial(_rule, sides(arrays[0]), jax.tree.structure(arrays))
+        divided.def_partition(partition, sharding_rule=rule)
         return divided(*arrays)
 
     return call
 
 
-def _rule(tree: Any, mesh: Any, given: Any, results: Any) -> tuple[str, dict[str, Any]]:
+def _rule(of: _Sides, tree: Any, mesh: Any, given: Any, results: Any) -> tuple[str, dict[str, Any]]:
     """In the notation of ``custom_partitioning``: which axes of the arrays are divided together, and which are not.
 
     ``given`` and ``results`` are the types of the flat arrays, ``tree`` is the structure of the arguments.
     """
-    given = tree.unflatten(given)
+    given, results = tree.unflatten(given), tuple(results)
     query, key = given[:2]
     kv_heads = key.shape[2]
     whole: list[str] = []
 
     def axes(x: Any, places: _Places) -> str:
-        names = ["" for _ in x.shape]
-        if places.batch is not None:
-            names[places.batch] = "batch"
+        named = {places.batch: "batch", places.queries: "queries", places.keys: "keys"}
         if places.heads is not None and kv_heads > 1:
-            names[places.heads] = "heads" if x.shape[places.heads] == kv_heads else "(heads group)"
-        for i, name in enumerate(names):
+            named[places.heads] = "heads" if x.shape[places.heads] == kv_heads else "(heads group)"
+        found = [named.get(i, "") for i in range(len(x.shape))]
+        for i, name in enumerate(found):
             if not name:
-                names[i] = f"whole{len(whole)}"
-                whole.append(names[i])
-        return " ".join(names)
+                found[i] = f"whole{len(whole)}"
+                whole.append(found[i])
+        return " ".join(found)
 
-    def side(tree: Any) -> str:
-        leaves, places = jax.tree.leaves(tree), _places(tree, query.shape[0])
-        places = jax.tree.leaves(places, is_leaf=lambda x: isinstance(x, _Places))
-        return ", ".join(axes(x, of) for x, of in zip(leaves, places, strict=True))
+    def side(tree: Any, places: Any) -> str:
+        return ", ".join(axes(x, of) for x, of in zip(jax.tree.leaves(tree), _leaves(places), strict=True))
 
-    rule = f"{side(given)} -> {side(results)}"
+    rule = f"{side(given, of.of_given(given))} -> {side(results, of.of_results(results))}"
     sizes = {"group": query.shape[2] // kv_heads} if "group" in rule else {}
     return rule, {"need_replication_factors": tuple(whole), **sizes}

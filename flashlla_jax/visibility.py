@@ -31,7 +31,7 @@ _HIDDEN_KEY, _HIDDEN_QUERY = -1, -2
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("start", "end", "query_ids", "key_ids", "contiguous", "mask"),
-    meta_fields=("from_first", "complete", "few_keys"),
+    meta_fields=("from_first", "complete", "uneven", "few_keys"),
 )
 @dataclass(frozen=True)
 class Visibility:
@@ -45,6 +45,8 @@ class Visibility:
         mask: None, or True where a key is visible.
         from_first: whether every start is known to be 0.
         complete: whether every query is known to see a key and every key to be seen: nothing need be zeroed.
+        uneven: whether later queries may well see more keys than earlier ones: of a length that is divided, equal
+            parts are not equal work then.
         few_keys: whether queries are known to see few keys (a short call, a window) or likely to (packed documents).
             Says nothing of what is visible: the kernels are launched otherwise.
     """
@@ -57,6 +59,7 @@ class Visibility:
     mask: Bool[Array, "#B #N #T #S"] | None
     from_first: bool
     complete: bool
+    uneven: bool = False
     few_keys: bool = False
 
 
@@ -76,8 +79,18 @@ class Hiding(NamedTuple):
     mask: Bool[Array, "#B #N #T #S"] | None
 
 
-def visibility(hiding: Hiding, queries: int, keys: int) -> Visibility:
-    """The visibility of ``queries`` by ``keys``, in memory linear in both but for the mask's own."""
+class Part(NamedTuple):
+    """One of ``parts`` equal parts of the queries."""
+
+    number: Int[Array, ""]
+    parts: int
+
+
+def visibility(hiding: Hiding, queries: int, keys: int, part: Part | None = None) -> Visibility:
+    """The visibility of ``queries`` by ``keys``, in memory linear in both but for the mask's own.
+
+    Of a part of the queries the query sides of segments and mask are the part's own, and so are those that come out.
+    """
     static = hiding._replace(query_offset=0, query_lengths=None, key_lengths=None, segment_ids=None, mask=None)
     offset = hiding.query_offset
     known = isinstance(offset, int)
@@ -85,9 +98,13 @@ def visibility(hiding: Hiding, queries: int, keys: int) -> Visibility:
     flags = (
         hiding.window is None and hiding.segment_ids is None and hiding.mask is None,
         _complete(hiding, queries, keys),
+        hiding.is_causal and (hiding.window is None or hiding.window[0] >= keys),
         hiding.segment_ids is not None or min(keys, 1 + sum(hiding.window or (keys, 0))) <= _FEW_KEYS,
     )
-    return _made(static, offset if known else None, queries, keys, flags, None if known else offset, arrays)
+    first_row = None if part is None else part.number * (queries // part.parts)
+    rows = queries if part is None else queries // part.parts
+    traced = (None if known else offset, first_row)
+    return _made(static, offset if known else None, rows, keys, flags, traced, arrays)
 
 
 def _complete(hiding: Hiding, queries: int, keys: int) -> bool:
@@ -124,14 +141,17 @@ def _made(
     known_offset: int | None,
     queries: int,
     keys: int,
-    flags: tuple[bool, bool, bool],
-    offset: Any,
+    flags: tuple[bool, bool, bool, bool],
+    traced: tuple[Any, Any],
     arrays: Any,
 ) -> Visibility:
     query_lengths, key_lengths, segment_ids, mask = arrays
+    offset, first_row = traced
     offset = jnp.int32(known_offset) if known_offset is not None else _as_positions(offset)
     offset = offset.reshape(-1, 1)
     rows = jnp.arange(queries, dtype=jnp.int32)[None]
+    if first_row is not None:
+        rows = rows + first_row.astype(jnp.int32)
     start, end = _rule(static.is_causal, static.window, offset + rows, keys)
     if key_lengths is not None:
         end = jnp.minimum(end, _as_positions(key_lengths)[:, None])

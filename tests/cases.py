@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 
 from flashlla_jax import lla_attention, operator
 from flashlla_jax.arguments import check_arrays, check_hiding, check_options, check_ridge
+from flashlla_jax.context_parallel import local_visibility
 from flashlla_jax.sharding import by_shard
 from flashlla_jax.visibility import dense, visibility
 
@@ -235,11 +236,13 @@ def operate(
     options = check_options(query, None, 1e-12, None, cg_rtol, None, cg_use_preconditioner, precision)
     arrays = {name: x for name, x in hidden._asdict().items() if name != "window" and not isinstance(x, int | None)}
 
-    def attend(q: Any, k: Any, v: Any, lam: Any, arrays: dict[str, Any]) -> Any:
-        seen = visibility(hidden._replace(**arrays), q.shape[1], k.shape[1])
-        return operator.attend(q, k, v, lam, seen, options, only=only, plan=plan)
+    def attend(q: Any, k: Any, v: Any, lam: Any, arrays: dict[str, Any], axes: Any) -> Any:
+        hiding = hidden._replace(**arrays)
+        of_all = axes is None
+        seen = (visibility if of_all else partial(local_visibility, axes=axes))(hiding, q.shape[1], k.shape[1])
+        return operator.attend(q, k, v, lam, seen, options, only=only, plan=plan, axes=axes)
 
-    return by_shard(attend, query, key, value, check_ridge(ridge_lambda, query), arrays)[0]
+    return by_shard(attend, query, key, value, check_ridge(ridge_lambda, query), arrays, lengthwise=True)[0]
 
 
 @cache

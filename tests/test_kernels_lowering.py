@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -156,6 +157,17 @@ def test_every_device_launches_its_own(implementation: Any, explicit: bool) -> N
     assert "all_gather" not in text
 
 
+def test_every_device_launches_its_own_for_all_keys() -> None:
+    """The length divided: keys and values are gathered for each pass, and their gradients scattered."""
+    mesh = two_devices(AxisType.Explicit)
+    given = arguments(dataclasses.replace(SMALL, queries=100, keys=100), "bfloat16")
+    args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(None, "x"))) for x in given]
+    text = jax.jit(with_gradients(attend)).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@triton_kernel_call") == 3
+    sent = ("all_gather", "reduce_scatter", "collective_permute")
+    assert [text.count(f'"stablehlo.{name}"') for name in sent] == [4, 2, 4]
+
+
 @pytest.mark.parametrize("implementation", ["triton", None])
 def test_xla_is_told_how_to_divide_them(implementation: Any) -> None:
     """On a mesh with automatic axes; the launches appear when XLA has divided the program, which takes GPUs."""
@@ -163,7 +175,9 @@ def test_xla_is_told_how_to_divide_them(implementation: Any) -> None:
     traced = jax.jit(with_gradients(partial(attend, only=implementation))).trace(*args)
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@CustomSPMDPartitioning") == 2
     if implementation is None:
-        assert "CustomSPMDPartitioning" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+        text = traced.lower(lowering_platforms=("cpu",)).as_text()
+        assert text.count("@CustomSPMDPartitioning") == 2
+        assert "triton" not in text
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -302,7 +302,7 @@ def instant(example, monkeypatch) -> ModuleType:
     """The example with a training that only counts, of ``instant.main([*INSTANT, ...])``."""
 
     class Trainer:
-        def __init__(self, config, text):
+        def __init__(self, config, text, placement):
             self._history = {name: np.full(config.steps, np.nan) for name in ("loss", "validation", "seconds")}
 
         def init(self):
@@ -399,7 +399,7 @@ def test_implementation_that_cannot_run_here(example, tmp_path, capsys):
 def test_fresh_starts_over(example, finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished[0], tmp_path / "run")
 
-    def train(config, text, checkpoints, checkpoint_every, stop):
+    def train(config, text, checkpoints, checkpoint_every, stop, placement):
         raise example.RunError(f"the latest is {checkpoints.latest}")
 
     monkeypatch.setattr(example, "train", train)

@@ -1,0 +1,170 @@
+"""A length that is divided among devices, as each of them sees it: inside of ``jax.shard_map`` or of XLA's partitions.
+
+Every solve is a query's own. So the queries stay where they are and K and V are gathered whole. What a device has of dk
+and dv, for all keys but from its own queries only, is added to the others' and scattered. Nothing is sent in between.
+
+Under causality later queries see more keys, and equal parts of the queries are not equal work. Each device then works
+on two half-chunks of them: of 2n, device d computes the d-th and the d-th from the end, which for every d come to the
+same. They are exchanged before the work, and what comes out is exchanged back after it, so that outside everything lies
+as it came. The intervals of a visibility travel with their queries: what computes on them knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from flashlla_jax.visibility import Hiding, Part, Visibility, visibility
+
+Axes = tuple[str, ...]  # mesh axes over which a length is divided, the first one outermost
+
+
+def gathered(x: Array, axes: Axes) -> Array:
+    """The whole of an array of which each device has its part of axis 1, the length."""
+    return lax.all_gather(x, axes, axis=1, tiled=True)
+
+
+def local_visibility(hiding: Hiding, queries: int, keys: int, axes: Axes) -> Visibility:
+    """What this device's queries see of all keys.
+
+    ``queries`` and ``keys`` are the device's own. Segment ids, and a mask of keys alone, may lie as the keys do.
+    """
+    devices = lax.axis_size(axes)
+    if hiding.segment_ids is not None:
+        query_ids, key_ids = hiding.segment_ids
+        hiding = hiding._replace(segment_ids=(query_ids, gathered(key_ids, axes)))
+    if hiding.mask is not None and 1 != hiding.mask.shape[3] != devices * keys:
+        hiding = hiding._replace(mask=lax.all_gather(hiding.mask, axes, axis=3, tiled=True))
+    return visibility(hiding, devices * queries, devices * keys, Part(lax.axis_index(axes), devices))
+
+
+def over_length(run: Callable[..., Any], axes: Axes, *, backward: bool) -> Callable[..., Any]:
+    """``run``, a forward or backward pass of some queries and all keys, for parts of both.
+
+    Its arguments are query, key, value, ridge and a ``Visibility`` of all keys, in the backward pass also what was
+    saved, and the cotangent. A forward pass gives arrays of the queries, a backward pass the four gradients.
+    """
+
+    def divided(query: Array, key: Array, value: Array, lam: Array, seen: Visibility, *rest: Any) -> Any:
+        devices = lax.axis_size(axes)
+        balanced = seen.uneven and devices > 1 and query.shape[1] % 2 == 0
+        halves = _Halves(axes, devices, query.shape[1]) if balanced else None
+        key, value = gathered(key, axes), gathered(value, axes)
+        if halves is not None:
+            query, lam, rows, rest = halves.exchanged((query, lam, _query_side(seen), rest))
+            seen = _with_query_side(seen, rows)
+        out = run(query, key, value, lam, seen, *rest)
+        if not backward:
+            return out if halves is None else halves.returned(out)
+        dq, dk, dv, dlam = out
+        dk, dv = (lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True) for x in (dk, dv))
+        if halves is not None:
+            dq, dlam = halves.returned((dq, dlam))
+        return dq, dk, dv, dlam
+
+    return divided
+
+
+def _query_side(seen: Visibility) -> dict[str, Array | None]:
+    """What of a visibility belongs to the queries, which are axis 1 then."""
+    mask = None if seen.mask is None else jnp.moveaxis(seen.mask, 2, 1)
+    return {"start": seen.start, "end": seen.end, "query_ids": seen.query_ids, "mask": mask}
+
+
+def _with_query_side(seen: Visibility, rows: dict[str, Any]) -> Visibility:
+    mask = rows["mask"]
+    return dataclasses.replace(seen, **rows | {"mask": None if mask is None else jnp.moveaxis(mask, 1, 2)})
+
+
+class _Halves(NamedTuple):
+    """The half-chunks of the queries: device d has the ones numbered 2d and 2d + 1, and works on d and 2n - 1 - d.
+
+    The even ones go to n different devices, and so do the odd ones: two permutations, by each of which all arrays are
+    sent at once. Device d works first on the earlier of its two, which is the even one where d is even.
+    """
+
+    axes: Axes
+    devices: int
+    queries: int  # of a device
+
+    def exchanged(self, tree: Any) -> Any:
+        """The arrays of a tree, from the parts that came to those that are worked on."""
+
+        def move(even: list[Array], odd: list[Array]) -> Any:
+            return self._swapped(self._sent(even, 0, back=False), self._sent(odd, 1, back=False))
+
+        return self._over(tree, move)
+
+    def returned(self, tree: Any) -> Any:
+        """The inverse of ``exchanged``."""
+
+        def move(first: list[Array], second: list[Array]) -> Any:
+            even, odd = self._swapped(first, second)
+            return self._sent(even, 0, back=True), self._sent(odd, 1, back=True)
+
+        return self._over(tree, move)
+
+    def _over(self, tree: Any, move: Callable[[list[Array], list[Array]], Any]) -> Any:
+        """``move`` of both halves of the arrays whose axis 1 is the queries; what has 1 there is left alone."""
+        leaves, structure = jax.tree.flatten(tree)
+        places = [i for i, x in enumerate(leaves) if x.shape[1] == self.queries]
+        halves = zip(*(jnp.split(leaves[i], 2, axis=1) for i in places), strict=True)
+        for i, *pair in zip(places, *move(*map(list, halves)), strict=True):
+            leaves[i] = jnp.concatenate(pair, axis=1)
+        return structure.unflatten(leaves)
+
+    def _swapped(self, first: list[Array], second: list[Array]) -> tuple[list[Array], list[Array]]:
+        """On odd devices: from the order by number to that of the work, and back."""
+        swap = lax.axis_index(self.axes) % 2 == 1
+        chosen = [(jnp.where(swap, b, a), jnp.where(swap, a, b)) for a, b in zip(first, second, strict=True)]
+        return [pair[0] for pair in chosen], [pair[1] for pair in chosen]
+
+    def _sent(self, halves: list[Array], odd: int, *, back: bool) -> list[Array]:
+        """Arrays to where the even or the odd half-chunks are worked on, or back from there."""
+        chunks = [2 * device + odd for device in range(self.devices)]
+        pairs = [(device, min(chunk, 2 * self.devices - 1 - chunk)) for device, chunk in enumerate(chunks)]
+        if all(source == target for source, target in pairs):
+            return halves
+        pairs = [pair[::-1] for pair in pairs] if back else pairs
+        sent: dict[int, Array] = {}
+        for batch in sorted({x.shape[0] for x in halves}):
+            places = [i for i, x in enumerate(halves) if x.shape[0] == batch]
+            packed, unpack = _packed([halves[i] for i in places])
+            sent |= zip(places, unpack(lax.ppermute(packed, self.axes, pairs)), strict=True)
+        return [sent[i] for i in range(len(halves))]
+
+
+def _packed(arrays: list[Array]) -> tuple[Array, Callable[[Array], list[Array]]]:
+    """Arrays ``(B, L, ...)`` of any dtypes as one of unsigned integers, ``(B, L, words)``, and the way back.
+
+    A collective costs its start beside its bytes: this is one in place of a dozen.
+    """
+    dtypes = [x.dtype for x in arrays]
+    given = [x.astype(jnp.uint8) if x.dtype == bool else x for x in arrays]
+    width = math.gcd(4, *(math.prod(x.shape[2:]) * x.dtype.itemsize for x in given))
+    word = jnp.dtype(f"uint{8 * width}")
+
+    words = [_bits(x.reshape(*x.shape[:2], -1), word) for x in given]
+    stops = list(itertools.accumulate(x.shape[2] for x in words))[:-1]
+
+    def unpack(packed: Array) -> list[Array]:
+        parts = zip(jnp.split(packed, stops, axis=2), given, dtypes, strict=True)
+        return [_bits(part, x.dtype).reshape(x.shape).astype(dtype) for part, x, dtype in parts]
+
+    return jnp.concatenate(words, axis=2), unpack
+
+
+def _bits(x: Array, dtype: Any) -> Array:
+    """The same bits, row by row, as numbers of another dtype: ``(B, L, m)`` -> ``(B, L, n)``."""
+    more = jnp.dtype(dtype).itemsize // x.dtype.itemsize
+    if more > 1:
+        x = x.reshape(*x.shape[:2], -1, more)
+    return lax.bitcast_convert_type(x, dtype).reshape(*x.shape[:2], -1)
