@@ -288,9 +288,6 @@ def merge_weights(partials, c: tl.constexpr):
     return top, tl.sum(omegas * tl.math.exp2(tops - top), 0)
 
 
-# The loops over the splits are unrolled: what one loads then need not wait for what another loaded.
-
-
 @triton.jit
 def merge_means(partials, top, total, c: tl.constexpr):
     """kbar and vbar of all splits."""
@@ -298,7 +295,7 @@ def merge_means(partials, top, total, c: tl.constexpr):
     d, dv = tl.arange(0, c.DP), tl.arange(0, c.DVP)
     kbar = tl.zeros((c.DP,), tl.float32)
     vbar = tl.zeros((c.DVP,), tl.float32)
-    for i in tl.range(0, c.SPLITS, loop_unroll_factor=c.UNROLL):
+    for i in range(c.SPLITS):
         weight = tl.load(partials.omega + i) * tl.math.exp2(tl.load(partials.top + i) - top)
         kbar += weight * tl.load(partials.means + i * WIDTH + d)
         vbar += weight * tl.load(partials.means + i * WIDTH + c.DP + dv)
@@ -311,7 +308,7 @@ def merge_keys(partials, top, total, kbar, c: tl.constexpr):
     WIDTH: tl.constexpr = c.DP + c.DVP
     d = tl.arange(0, c.DP)
     A = tl.zeros((c.DP, c.DP), tl.float32)
-    for i in tl.range(0, c.SPLITS, loop_unroll_factor=c.UNROLL):
+    for i in range(c.SPLITS):
         shrink = tl.math.exp2(tl.load(partials.top + i) - top) / total
         weight = shrink * tl.load(partials.omega + i)
         A += shrink * tl.load(partials.moments + (i * c.DP + d[:, None]) * WIDTH + d[None, :])
@@ -327,7 +324,7 @@ def times_values(partials, top, total, kbar, vbar, x, c: tl.constexpr):
     WIDTH: tl.constexpr = c.DP + c.DVP
     d, dv = tl.arange(0, c.DP), tl.arange(0, c.DVP)
     out = tl.zeros((c.DVP,), tl.float32)
-    for i in tl.range(0, c.SPLITS, loop_unroll_factor=c.UNROLL):
+    for i in range(c.SPLITS):
         shrink = tl.math.exp2(tl.load(partials.top + i) - top) / total
         weight = shrink * tl.load(partials.omega + i)
         means = partials.means + i * WIDTH

@@ -59,7 +59,6 @@ class DecodeConstants:
         BN, BD: keys of a block, and features of a program.
         STAGES: depth of the software pipeline.
         SPLITS, SPLITS_PADDED: parts that the cache is cut into, and that padded to a power of two.
-        UNROLL: how many splits' results are loaded at once.
         SCALE: factor of the logits, in units of log 2.
         UPCAST, PRECISION: the products are of float32, at this precision.
         WIDEN: the cache is float8.
@@ -80,7 +79,6 @@ class DecodeConstants:
     STAGES: int
     SPLITS: int
     SPLITS_PADDED: int
-    UNROLL: int
     SCALE: float
     UPCAST: bool
     PRECISION: str
@@ -234,7 +232,6 @@ def _constants(
         STAGES=shape.num_stages,
         SPLITS=splits,
         SPLITS_PADDED=1 << (splits - 1).bit_length(),
-        UNROLL=4 if padded(dim) <= 128 else 1,  # where the registers allow it
         SCALE=qk_scale * _LOG2_E,
         UPCAST=plan.upcast,
         PRECISION=plan.precision,
