@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -159,4 +160,7 @@ def test_a_killed_process_ends_the_other(tmp_path):
     _, err = first.communicate(timeout=60)
     second.communicate()
     assert first.returncode != 0
-    assert "another process is gone" in err
+    # ours if a collective fails first; JAX's service, which ends the process by itself, if that notices first
+    assert re.search(
+        "another process is gone|another task died|coordination|heartbeat|connection (closed|reset)", err, re.I
+    )
