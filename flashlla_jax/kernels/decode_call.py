@@ -134,8 +134,7 @@ def plan_for(key: Any, value: Any, precision: lax.Precision, capability: int | N
 def _moments(operand_bytes: int, widest: int, capability: int) -> DecodeLaunch:
     if (operand_bytes, widest) == (2, 128) and capability >= 90 and _triton_version() >= (3, 7):
         return _MOMENTS_128_LATER
-    tables = [_MOMENTS[least] for least in sorted(_MOMENTS, reverse=True) if least <= capability]
-    return next(table[operand_bytes][widest] for table in tables if operand_bytes in table)
+    return planning.newest(_MOMENTS, operand_bytes, capability)[widest]
 
 
 def _triton_version() -> tuple[int, ...]:

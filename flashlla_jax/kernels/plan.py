@@ -7,13 +7,17 @@ another program.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 _LARGEST_DIM = 256
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 class Launch(NamedTuple):
@@ -85,9 +89,14 @@ FEW_KEYS: dict[tuple[int, str, int, int], Launch] = {
 
 
 def entries(kernel: str, operand_bytes: int, capability: int) -> dict[int, Launch]:
-    """By padded head dimension, of the newest GPU in the table that is not newer than this one."""
-    tables = [TABLE[least] for least in sorted(TABLE, reverse=True) if least <= capability]
-    return next(table[kernel, operand_bytes] for table in tables if (kernel, operand_bytes) in table)
+    """By padded head dimension."""
+    return newest(TABLE, (kernel, operand_bytes), capability)
+
+
+def newest(tables: Mapping[int, Mapping[_Key, _Value]], key: _Key, capability: int) -> _Value:
+    """A table's entry, of the newest GPU that has one and is not newer than this one."""
+    fitting = (tables[least] for least in sorted(tables, reverse=True) if least <= capability)
+    return next(table[key] for table in fitting if key in table)
 
 
 def plan_for(
