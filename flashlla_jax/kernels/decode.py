@@ -207,7 +207,6 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
         top = new_top
         weights = weights * shrink + p
         # all of this before the products: what comes between them would make the tensor cores wait
-        k_sum *= shrink
         v_sum *= shrink
         kk *= shrink
         kv *= shrink
@@ -220,7 +219,8 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
         kk = product(weighted, K, kk, c)
         kv = product(weighted, V, kv, c)
         weight_columns = columns_of(p, DTYPE, PARTS)
-        k_sum = tl.dot(keys, weight_columns, acc=k_sum, input_precision=c.PRECISION)
+        # tensor cores cut off what a sum cannot hold, always towards 0: of an offset of the keys that adds up
+        k_sum = k_sum * shrink + tl.dot(keys, weight_columns, input_precision=c.PRECISION)
         v_sum = tl.dot(tl.trans(V), weight_columns, acc=v_sum, input_precision=c.PRECISION)
 
     omega = tl.sum(weights, 0)
@@ -272,9 +272,15 @@ def solve_kernel(q, k, lam_ptr, interval_ptr, first_ptr, tops, omegas, means, mo
     m = tl.where(blind, 0.0, (query - origin) - kbar)
 
     A = merge_keys(partials, top, total, kbar, c)
+    # The sum of the weighted keys, as the products rounded them, is not quite what was taken for it. That error, times
+    # the mean of the keys, is in A (and times vbar in Cov(k, v)), and A is symmetric but for it.
+    mean = kbar + origin
+    error = tl.sum(A * mean[None, :], 1) - tl.sum(A * mean[:, None], 0)
+    error /= tl.maximum(tl.sum(mean * mean, 0), 1e-30)
+    A -= error[:, None] * mean[None, :]
     x = solve(A, tl.where(blind, 1.0, lam), m, c)
     x = tl.where((lam == lam) | blind, x, float("nan"))  # a bad ridge never gives a plausible number
-    out = vbar + times_values(partials, top, total, kbar, vbar, x, c)
+    out = vbar * (1.0 - tl.sum(error * x, 0)) + times_values(partials, top, total, kbar, vbar, x, c)
     tl.store(o + row * c.DV + dv, tl.where(blind, 0.0, out), mask=dv < c.DV)
 
 
