@@ -34,9 +34,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from meshes import Placement, agreed, check_sizes, join, mesh_sizes, place, wait_for_all
-from runs import (
+from common.meshes import Placement, agreed, check_sizes, join, mesh_sizes, place, wait_for_all
+from common.runs import (
     Checkpoints,
     RunError,
     State,
@@ -49,8 +48,9 @@ from runs import (
     seed,
     write,
 )
-from stdlib_text import END, VOCABULARY, Text, bigram_loss, load_text, windows
-from transformer import COLORS, IMPLEMENTATIONS, LLA, SOFTMAX, TITLES, Array, Transformer, count_parameters
+from common.stdlib_text import END, VOCABULARY, Text, bigram_loss, load_text, windows
+from common.transformer import COLORS, IMPLEMENTATIONS, LLA, SOFTMAX, TITLES, Array, Transformer, count_parameters
+from flax import nnx
 
 try:
     import optax

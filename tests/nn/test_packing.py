@@ -16,7 +16,7 @@ from flax import nnx
 from flashlla_jax import LLAttention
 from flashlla_jax.nn.linen import LLAttention as LinenLLAttention
 from tests.cases import relative_error
-from tests.test_nn_modules import (
+from tests.nn.test_modules import (
     FEATURES,
     SAME,
     call,

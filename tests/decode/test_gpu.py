@@ -11,7 +11,7 @@ import pytest
 
 from flashlla_jax import lla_attention, lla_decode
 from tests.cases import KINDS, Shape, draw, relative_error
-from tests.decode_tests import Case, DecodeTests, decoder, poisoned, truth, worst_row
+from tests.decode.decode_tests import Case, DecodeTests, decoder, poisoned, truth, worst_row
 
 pytestmark = pytest.mark.gpu
 

@@ -22,7 +22,7 @@ for requirement in ("matplotlib", "optax", "orbax.checkpoint", "tqdm"):
 
 pytestmark = pytest.mark.usefixtures("as_a_script")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SMALL = [
     "--dim",
@@ -140,7 +140,7 @@ def test_sweep(example, tmp_path, monkeypatch, capsys):
 
 def test_training_of_one_step(import_example):
     """Its learning rate is the full one, and the validation picks a rate that did not diverge."""
-    sweep = import_example("sweep")
+    sweep = import_example("common.sweep")
     params = {"kernel": np.ones(3, np.float32)}
     optimizer = sweep.Budget(1, (0.25,), 0.0, 0).optimizer(0.25)
     update = optimizer.update(params, optimizer.init(params), params)[0]["kernel"]
@@ -149,15 +149,17 @@ def test_training_of_one_step(import_example):
 
 
 def test_training_that_diverges_ends(import_example):
-    sweep = import_example("sweep")
+    sweep = import_example("common.sweep")
     budget = sweep.Budget(1, (0.25,), 0.0, 0)
     job = sweep.Job(lambda rngs: nnx.Linear(1, 1, rngs=rngs), lambda *_: jnp.float32(jnp.nan), lambda *_: 0.0, budget)
-    with pytest.raises(import_example("runs").RunError, match="every learning rate diverged"):
+    with pytest.raises(import_example("common.runs").RunError, match="every learning rate diverged"):
         job.compile().run(Mock())
 
 
 def test_every_rate_diverges(import_example, example, tmp_path, monkeypatch, capsys):
-    nothing = import_example("sweep").Outcome(np.full((2, 20), 1.0), np.full((2, 16), np.nan), np.full((2, 16), np.nan))
+    nothing = import_example("common.sweep").Outcome(
+        np.full((2, 20), 1.0), np.full((2, 16), np.nan), np.full((2, 16), np.nan)
+    )
     monkeypatch.setattr(example, "run_all", lambda jobs: [(jobs[0][0], nothing)])
     with pytest.raises(SystemExit) as stop:
         example.main([*SMALL, "--output-dir", str(tmp_path)])

@@ -19,7 +19,7 @@ from flashlla_jax import LLAttention
 from flashlla_jax.nn import core
 from flashlla_jax.nn.linen import LLAttention as LinenLLAttention
 from tests.cases import relative_error
-from tests.test_nn_modules import (
+from tests.nn.test_modules import (
     FEATURES,
     VARIANTS,
     call,

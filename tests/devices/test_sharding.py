@@ -21,7 +21,7 @@ from flashlla_jax.arguments import Implementation
 from flashlla_jax.interface import Options
 from flashlla_jax.kernels import passes
 from tests.cases import Shape, draw, operate
-from tests.devices import assert_alike, collectives, mesh
+from tests.devices.meshes import assert_alike, collectives, mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

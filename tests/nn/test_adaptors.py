@@ -18,7 +18,7 @@ from flax import nnx
 from flashlla_jax.nn import LLAttention, attention_fn
 from flashlla_jax.nn.linen import LLAttention as LinenLLAttention
 from tests.cases import relative_error
-from tests.test_nn_modules import (
+from tests.nn.test_modules import (
     FEATURES,
     SAME,
     call,

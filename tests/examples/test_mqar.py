@@ -22,7 +22,7 @@ for requirement in ("matplotlib", "optax", "orbax.checkpoint", "tqdm"):
 
 pytestmark = pytest.mark.usefixtures("as_a_script")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SMALL = [
     "--vocabulary",
@@ -178,7 +178,7 @@ def test_folder_that_cannot_be_written(example, tmp_path, monkeypatch, capsys):
 
 
 def test_every_rate_diverges(import_example, example, tmp_path, monkeypatch, capsys):
-    nothing = import_example("sweep").Outcome(np.full((2, 20), 1.0), np.full(2, np.nan), np.full(2, np.nan))
+    nothing = import_example("common.sweep").Outcome(np.full((2, 20), 1.0), np.full(2, np.nan), np.full(2, np.nan))
     monkeypatch.setattr(example, "run_all", lambda jobs: [(jobs[0][0], nothing)])
     with pytest.raises(SystemExit) as stop:
         example.main([*SMALL, "--output-dir", str(tmp_path)])

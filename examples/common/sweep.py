@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from runs import RunError, again, check_config, number, prepare_folder, seed, write
-from transformer import DTYPES, IMPLEMENTATIONS, Array
+
+from .runs import RunError, again, check_config, number, prepare_folder, seed, write
+from .transformer import DTYPES, IMPLEMENTATIONS, Array
 
 try:
     import optax

@@ -17,7 +17,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from runs import RunError
+
+from .runs import RunError
 
 AXES = ("data", "fsdp", "context", "tensor")
 

@@ -23,7 +23,7 @@ from flashlla_jax import lla_attention
 from flashlla_jax.context_parallel import over_length
 from flashlla_jax.visibility import Visibility
 from tests.cases import Shape, draw
-from tests.devices import WAYS, assert_alike, attending, collectives, compiled, mesh, output_and_gradients
+from tests.devices.meshes import WAYS, assert_alike, attending, collectives, compiled, mesh, output_and_gradients
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -211,9 +211,9 @@ def test_keys_that_do_not_divide_are_refused() -> None:
 
 def test_on_eight_devices() -> None:
     """In a process of its own: this one has two."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "tests.eight_devices"]
+    command = [sys.executable, "-m", "tests.devices.eight_devices"]
     done = subprocess.run(
         command, cwd=root, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300
     )

@@ -17,7 +17,7 @@ from flashlla_jax.arguments import check_hiding, check_options
 from flashlla_jax.reference import attention_backward
 from flashlla_jax.visibility import Visibility, dense, seeing_queries, seen_keys, visibility
 from tests.cases import GRADIENTS, HIDDEN, Inputs, Shape, draw, evaluate, operate, relative_error
-from tests.test_memory import DIM, LONG, SHORT
+from tests.operator.test_memory import DIM, LONG, SHORT
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

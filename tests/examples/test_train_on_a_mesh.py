@@ -22,7 +22,7 @@ for requirement in ("matplotlib", "optax", "orbax.checkpoint", "tqdm"):
 
 pytestmark = pytest.mark.usefixtures("as_a_script")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = [
     "--features",
     "16",

@@ -14,7 +14,7 @@ from jax import lax
 
 from flashlla_jax.kernels import decode_call, launch
 from flashlla_jax.visibility import Visibility
-from tests.test_kernels_compile import SHARED_MEMORY, Report, compile_call, workers
+from tests.kernels.test_compile import SHARED_MEMORY, Report, compile_call, workers
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

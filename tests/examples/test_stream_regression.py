@@ -20,7 +20,7 @@ pytest.importorskip("tqdm")
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = Path(__file__).parents[1] / "examples" / "stream_regression.py"
+    path = Path(__file__).parents[2] / "examples" / "stream_regression.py"
     spec = importlib.util.spec_from_file_location("stream_regression", path)
     assert spec is not None
     assert spec.loader is not None

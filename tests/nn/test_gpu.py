@@ -14,7 +14,7 @@ from flax import nnx
 from flashlla_jax import LLAttention
 from flashlla_jax.nn.linen import LLAttention as LinenLLAttention
 from tests.cases import relative_error
-from tests.test_nn_modules import inputs, linen_parameters
+from tests.nn.test_modules import inputs, linen_parameters
 
 pytestmark = pytest.mark.gpu
 

@@ -10,8 +10,8 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from tests.devices import assert_alike, compiled  # noqa: E402
-from tests.test_context_parallel import given, on_one_device, work  # noqa: E402
+from tests.devices.meshes import assert_alike, compiled  # noqa: E402
+from tests.devices.test_context_parallel import given, on_one_device, work  # noqa: E402
 
 expected = on_one_device("plain")
 together = {"data": 2, "model": 2, "context": 2}

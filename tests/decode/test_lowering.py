@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import flashlla_jax.attention
 from flashlla_jax import lla_decode
 from tests.cases import Shape
-from tests.test_kernels_lowering import (
+from tests.kernels.test_lowering import (
     _hopper,  # noqa: F401 (a fixture)
     kernels,
     two_devices,

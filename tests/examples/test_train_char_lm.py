@@ -25,7 +25,7 @@ for requirement in ("matplotlib", "optax", "orbax.checkpoint", "tqdm"):
 
 pytestmark = pytest.mark.usefixtures("as_a_script")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 STEPS = 90
 SMALL = (
@@ -409,7 +409,7 @@ def test_fresh_starts_over(example, finished, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("attention", ["lla", "softmax", "linear"])
 def test_transformer_is_causal(import_example, attention):
-    transformer = import_example("transformer")
+    transformer = import_example("common.transformer")
     model = nnx.jit(lambda: transformer.Transformer(attention, 16, 1, 2, rngs=nnx.Rngs(0)))()
     x = np.random.default_rng(0).standard_normal((2, 20, 16)).astype(np.float32)
     changed = x.copy()

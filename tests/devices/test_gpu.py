@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.cases import Shape, draw, relative_error
-from tests.devices import WAYS, attending, collectives, compiled, output_and_gradients
+from tests.devices.meshes import WAYS, attending, collectives, compiled, output_and_gradients
 
 pytestmark = pytest.mark.gpu
 

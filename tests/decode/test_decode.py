@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from flashlla_jax import decode_xla, lla_attention, lla_decode
 from tests.cases import Shape, draw, relative_error
-from tests.decode_tests import CASES, SHAPE, Case, DecodeTests, poisoned, worst_row
+from tests.decode.decode_tests import CASES, SHAPE, Case, DecodeTests, poisoned, worst_row
 
 
 @pytest.fixture(autouse=True, scope="module")
