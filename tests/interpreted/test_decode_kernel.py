@@ -1,4 +1,4 @@
-"""The kernels of a decode step in Triton's interpreter. Started by tests/test_interpreted.py."""
+"""The kernels of a decode step in Triton's interpreter. Run as test_kernels.py is."""
 
 from __future__ import annotations
 
