@@ -49,7 +49,17 @@ from common.runs import (
     write,
 )
 from common.stdlib_text import END, VOCABULARY, Text, bigram_loss, load_text, windows
-from common.transformer import COLORS, IMPLEMENTATIONS, LLA, SOFTMAX, TITLES, Array, Transformer, count_parameters
+from common.transformer import (
+    COLORS,
+    IMPLEMENTATIONS,
+    LINES,
+    LLA,
+    SOFTMAX,
+    TITLES,
+    Array,
+    Transformer,
+    count_parameters,
+)
 from flax import nnx
 
 try:
@@ -328,11 +338,16 @@ def plot(results: Sequence[Result], bigram: float) -> Figure:
     for r in results:
         color, title = COLORS[r.config.attention], TITLES[r.config.attention]
         ax.plot(np.arange(r.config.steps) + 1, r.history["loss"], color=color, alpha=0.3, linewidth=0.8)
-        ax.plot(*zip(*r.validation, strict=True), "o-", color=color, markersize=3, label=f"{title}, validation")
+        style, label = LINES[r.config.attention], f"{title}, validation: {r.validation[-1][1]:.3f}"
+        ax.plot(*zip(*r.validation, strict=True), style, color=color, markerfacecolor="none", label=label)
     ax.axhline(bigram, color="#777777", linestyle="--", linewidth=1, label="bigram model, validation")
     ax.set_xlabel("step")
     ax.set_ylabel("loss, nats per byte (thin: training batches)")
     ax.set_ylim(top=min(ax.get_ylim()[1], math.log(VOCABULARY)))
+    ax.set_yscale("log")  # curves that end close together are apart
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
+    ax.set_title("Byte-level language model: loss against step", fontsize=12)
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     return figure

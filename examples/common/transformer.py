@@ -23,6 +23,7 @@ LLA, SOFTMAX, LINEAR = "lla", "softmax", "linear"
 ATTENTIONS = (LLA, SOFTMAX, LINEAR)
 TITLES = {LLA: "LLA", SOFTMAX: "softmax attention", LINEAR: "linear attention"}
 COLORS = {LLA: "#0072B2", SOFTMAX: "#D55E00", LINEAR: "#009E73"}  # told apart by colour-blind readers
+LINES = {LLA: "o-", SOFTMAX: "s--", LINEAR: "^:"}  # so that a curve shows through one that lies on it
 AUTO = "auto"
 DTYPES = ("float32", "bfloat16", AUTO)
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
