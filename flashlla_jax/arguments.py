@@ -6,10 +6,12 @@ checked now; those of traced and device arrays cannot be.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import operator
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,29 @@ Implementation = Literal["triton", "xla", "reference"]
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 _QKV = ("query", "key", "value")
 _AXES = {3: "(B, T, D)", 4: "(B, T, N, H)"}
+
+
+# Arguments of other attention functions, and what to pass instead.
+_ELSEWHERE = {
+    "scale": "the factor of the logits is qk_scale",
+    "bias": "nothing is added to the logits; hide keys by mask, boolean and True where a key is visible",
+    "dropout_rate": "there are no weights to drop; apply dropout to the output",
+}
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def explains_names_from_elsewhere(function: Function) -> Function:
+    """The function, with an error that helps for an argument that other attention functions have and it lacks."""
+
+    @functools.wraps(function)
+    def explaining(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name in _ELSEWHERE:
+                raise TypeError(f"{function.__name__} got an unexpected keyword argument {name!r}: {_ELSEWHERE[name]}")
+        return function(*args, **kwargs)
+
+    return cast(Function, explaining)
 
 
 def check_arrays(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]:
@@ -193,7 +218,10 @@ def check_mask(mask: Any, allowed: dict[str, tuple[int, ...]]) -> Array:
     if not hasattr(mask, "shape") or not hasattr(mask, "dtype"):
         raise TypeError(f"mask must be a boolean array, got {type(mask).__name__}")
     if mask.dtype != np.bool_:
-        raise TypeError(f"mask must be boolean, True where a key is visible, got dtype {mask.dtype}")
+        raise TypeError(
+            f"mask must be boolean, True where a key is visible, got dtype {mask.dtype}. For a mask that is added to "
+            "the logits, with 0 where a key is visible, pass mask == 0"
+        )
     full = next((shape for shape in allowed.values() if len(shape) == len(mask.shape)), None)
     if full is None or any(n not in (1, m) for n, m in zip(mask.shape, full, strict=True)):
         shapes = " or ".join(f"{axes} = {shape}" for axes, shape in allowed.items())

@@ -24,6 +24,7 @@ from flashlla_jax.arguments import (
     check_implementation,
     check_options,
     check_ridge,
+    explains_names_from_elsewhere,
 )
 from flashlla_jax.context_parallel import Axes, gathered, local_visibility
 from flashlla_jax.interface import Options, Residuals
@@ -98,6 +99,7 @@ def lla_attention(
 ) -> tuple[Output, Residuals]: ...
 
 
+@explains_names_from_elsewhere
 def lla_attention(
     query: Query,
     key: Key,

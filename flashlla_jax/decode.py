@@ -13,7 +13,15 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from flashlla_jax import decode_xla, reference
-from flashlla_jax.arguments import Implementation, check_mask, check_number, check_precision, check_ridge, check_window
+from flashlla_jax.arguments import (
+    Implementation,
+    check_mask,
+    check_number,
+    check_precision,
+    check_ridge,
+    check_window,
+    explains_names_from_elsewhere,
+)
 from flashlla_jax.attention import Ridge, choose
 from flashlla_jax.decode_arguments import check_cache, check_lengths, check_starts
 from flashlla_jax.interface import Options, SolverOptions
@@ -23,6 +31,7 @@ from flashlla_jax.sharding import by_shard, divisible, varying_like
 from flashlla_jax.visibility import LARGEST_POSITION, Visibility, dense, first_and_last
 
 
+@explains_names_from_elsewhere
 def lla_decode(
     query: Float[Array, "B T N D"],
     key_cache: Float[Array, "B S K D"],

@@ -36,6 +36,7 @@ class LLAttention(nn.MultiHeadDotProductAttention):
             ``raw_ridge``, ``(num_heads,)``, should be left out of weight decay.
         ridge_floor: What a learned ridge stays above, > 0 and < ``ridge_lambda``.
         rope: Base of a rotary position embedding of queries and keys, applied after ``normalize_qk``; None for none.
+            It turns feature i together with feature i + head_dim / 2 (half-split).
         qk_scale: As in :func:`flashlla_jax.lla_attention`, and so are the following.
         cg_atol: See :func:`flashlla_jax.lla_attention`.
         cg_rtol: See :func:`flashlla_jax.lla_attention`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -45,6 +45,7 @@ class LLAttention(nnx.MultiHeadAttention):
         key_ln: LayerNorm of the keys with ``normalize_qk``, else None.
         raw_ridge: With ``learn_ridge`` the parameter ``(num_heads,)`` of which the ridge is
             ``ridge_floor + softplus(raw_ridge)``, else None. Leave it out of weight decay.
+        ridge: The ridge in use: the fixed number, or the learned ones, ``(num_heads,)``.
         cached_key: ``nnx.Cache``, ``[batch..., capacity, num_kv_heads, head_dim]``, or None before ``init_cache``.
         cached_value: ``nnx.Cache``, shaped as ``cached_key``.
         cache_index: ``nnx.Cache``, int32: positions filled so far; a scalar, or ``[batch...]`` after
@@ -149,7 +150,8 @@ class LLAttention(nnx.MultiHeadAttention):
             ridge_floor: What a learned ridge stays above, > 0 and < ``ridge_lambda``. 0.01 is the smallest ridge for
                 which the solves were measured.
             rope: Base of a rotary position embedding (10000.0, usually) of queries and keys, applied after
-                ``normalize_qk``; None for none.
+                ``normalize_qk``; None for none. It turns feature i together with feature i + head_dim / 2 (the
+                half-split convention, as in ``flax.nnx.RoPE``).
             qk_scale: As in :func:`flashlla_jax.lla_attention`, and so are the following.
             cg_atol: See :func:`flashlla_jax.lla_attention`.
             cg_rtol: See :func:`flashlla_jax.lla_attention`.
@@ -232,6 +234,24 @@ class LLAttention(nnx.MultiHeadAttention):
         if self.raw_ridge is None:
             return self.ridge_lambda
         return core.learned_ridge(self.raw_ridge[...], self.ridge_floor)
+
+    def init_cache(self, input_shape: Sequence[int], dtype: Dtype = jnp.float32) -> None:
+        """Makes an empty cache, which calls with ``decode=True`` need; an old one is dropped.
+
+        A call may give any number of tokens: the whole prompt, then one or several at a time. Stacked layers, made by
+        ``nnx.vmap``, make their caches by ``nnx.vmap`` too. The cache is on one device: on a mesh, place
+        ``cached_key`` and ``cached_value`` as the keys will be.
+
+        Example::
+
+            layer.init_cache((batch, capacity, in_features))
+            nnx.vmap(lambda layer: layer.init_cache(shape), in_axes=0, out_axes=None)(stacked)
+
+        Args:
+            input_shape: ``[batch..., capacity, in_features]``: the shape of inputs that fill the cache.
+            dtype: Dtype of the cached keys and values.
+        """
+        super().init_cache(tuple(input_shape), dtype)
 
     def __call__(
         self,

@@ -373,6 +373,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sow_weights": True}, NotImplementedError, "sow_weights must be False"),
     ({"mask": [True]}, TypeError, "mask must be an array, got list"),
+    ({"mask": np.where(np.tri(9, dtype=bool), 0.0, -1e9)}, ValueError, "got negative numbers.*pass mask == 0"),
     ({"mask": np.ones((9, 9), complex)}, TypeError, "mask must be boolean, or numbers.*got dtype complex128"),
     (
         {"mask": np.ones((2, 3, 9, 9))},

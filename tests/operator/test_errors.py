@@ -372,8 +372,17 @@ def test_options_are_keywords_only() -> None:
     q: Any = array(2, 6, 4)
     with pytest.raises(TypeError, match="positional"):
         lla_attention(q, q, q, 0.1)  # pyright: ignore[reportCallIssue]
-    with pytest.raises(TypeError, match="unexpected keyword argument 'scale'"):
-        lla_attention(q, q, q, scale=1.0)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'keys'"):
+        lla_attention(q, q, q, keys=1.0)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("scale", "is qk_scale"), ("bias", "by mask, boolean"), ("dropout_rate", "to the output")]
+)
+def test_names_from_elsewhere_are_explained(name: str, remedy: str) -> None:
+    q: Any = array(2, 6, 4)
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}': .*{remedy}"):
+        lla_attention(q, q, q, **{name: 1.0})
 
 
 class TestPrecision:
