@@ -1,7 +1,7 @@
-"""The arguments of the public functions: checked, on one layout, and what is known of them when a call is traced.
+"""The arguments of the public functions: checks, the one layout, and the part that is known when a call is traced.
 
-An error names the argument, what was given and what is allowed. Values that are known now, Python's and NumPy's, are
-checked now; those of traced and device arrays cannot be.
+An error names the argument, the value that came and the values that are allowed. Python's and NumPy's values are known
+and checked now. Those of traced and device arrays cannot be.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def check_ridge(ridge_lambda: Any, query: Array) -> Array:
         raise TypeError(f"ridge_lambda must be a real number or an array, got {type(ridge_lambda).__name__}")
     if not number and str(ridge_lambda.dtype) not in _DTYPES and not jnp.issubdtype(ridge_lambda.dtype, jnp.integer):
         raise TypeError(f"ridge_lambda must be real, {', '.join(_DTYPES)} or integer, got dtype {ridge_lambda.dtype}")
-    # what is known now is checked now, in the dtype that it is used in, where a tiny number may be 0
+    # a known value is checked now, in the dtype of its use: there a tiny number may be 0
     if number:
         ridge_lambda = _as_float("ridge_lambda", ridge_lambda)
     known = None
@@ -331,7 +331,7 @@ def _default_max_iters(query: Array) -> int:
 
 
 def _least_rtol(query: Array) -> float:
-    """|r| = eps^2 |r0|: x has long been as good as it gets, and of what is left the solver would make steps astray."""
+    """|r| = eps^2 |r0|: x got its last digit long before, and further steps would follow rounding errors."""
     return float(jnp.finfo(accumulation_dtype(query.dtype)).eps) ** 4
 
 
