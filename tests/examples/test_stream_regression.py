@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -19,15 +18,8 @@ pytest.importorskip("tqdm")
 
 
 @pytest.fixture(scope="module")
-def example() -> ModuleType:
-    path = Path(__file__).parents[2] / "examples" / "stream_regression.py"
-    spec = importlib.util.spec_from_file_location("stream_regression", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def example(import_example: Callable[[str], ModuleType]) -> ModuleType:
+    return import_example("stream_regression")
 
 
 @pytest.fixture(autouse=True)

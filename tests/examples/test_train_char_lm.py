@@ -39,6 +39,11 @@ def example(import_example: Callable[[str], ModuleType]) -> ModuleType:
     return import_example("train_char_lm")
 
 
+@pytest.fixture(scope="module")
+def model(import_example: Callable[[str], ModuleType]) -> ModuleType:
+    return import_example("common.char_lm")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once(tmp_path_factory: pytest.TempPathFactory):
     """The processes of this file run the same small programs."""
@@ -163,16 +168,16 @@ def test_greedy_sampling_is_the_full_forward_pass(example, attention):
 
 # 0 in float32, and one over which the logits are not finite
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.0, None), (1e-300, None), (2e-38, None), (100.0, 1)])
-def test_the_likeliest_byte(example, temperature, top_k):
+def test_the_likeliest_byte(model, temperature, top_k):
     logits = jax.random.normal(jax.random.key(0), (50, 256), jnp.float32)
-    drawn = example.sample(logits, temperature, top_k, jax.random.key(1))
+    drawn = model.sample(logits, temperature, top_k, jax.random.key(1))
     np.testing.assert_array_equal(drawn, logits.argmax(-1))
-    assert (example.sample(logits, 100.0, None, jax.random.key(1)) != drawn).any()
+    assert (model.sample(logits, 100.0, None, jax.random.key(1)) != drawn).any()
 
 
-def test_top_k_draws_from_the_likeliest(example):
+def test_top_k_draws_from_the_likeliest(model):
     logits = jnp.tile(jnp.arange(256, dtype=jnp.float32), (500, 1))
-    drawn = set(np.asarray(example.sample(logits, 10.0, 3, jax.random.key(0))).tolist())
+    drawn = set(np.asarray(model.sample(logits, 10.0, 3, jax.random.key(0))).tolist())
     assert drawn == {253, 254, 255}
 
 
@@ -196,9 +201,9 @@ def test_prompt_that_is_no_text(example, finished, capsys):
     assert "caf\N{REPLACEMENT CHARACTER}" in capsys.readouterr().out
 
 
-def test_decay_leaves_out_ridge_norms_and_biases(example):
+def test_decay_leaves_out_ridge_norms_and_biases(example, model):
     params = example.abstract_model(config(example, "lla"))[1]
-    marked = jax.tree_util.tree_flatten_with_path(example.decayed(params))[0]
+    marked = jax.tree_util.tree_flatten_with_path(model.decayed(params))[0]
     kinds = {decays: {path[-1].key for path, value in marked if value == decays} for decays in (True, False)}
     assert kinds == {True: {"kernel", "embedding"}, False: {"raw_ridge", "scale", "bias"}}
 
