@@ -10,6 +10,7 @@ import pytest
 from benchmarks import devices
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_a_script")
 def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "QUICK", devices.QUICK[-1:])

@@ -86,6 +86,7 @@ def report(pool: ProcessPoolExecutor) -> Callable[[Entry], list[Report]]:
     return lambda entry: futures[entry].result()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_fits_and_spills_no_more_than_known(entry: Entry, report: Callable[[Entry], list[Report]]) -> None:
     for compiled, most in zip(report(entry), entry.spills, strict=True):

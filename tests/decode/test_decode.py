@@ -38,18 +38,21 @@ class TestXla(DecodeTests):
     implementation = "xla"
 
 
+@pytest.mark.slow
 class TestXlaInFloat64(DecodeTests):
     implementation = "xla"
     dtype = "float64"
     names = ("starts", "mask")
 
 
+@pytest.mark.slow
 class TestReference(DecodeTests):
     implementation = "reference"
     dtype = "float64"
     names = ("lengths below T", "starts", "window", "mask", "mask of three axes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lengths below T", "mask"])
 def test_gradients(name: str) -> None:
     """Of every argument, through a cache that holds NaN where nothing is seen, against the dense reference's."""
@@ -75,6 +78,7 @@ def test_gradients(name: str) -> None:
     np.testing.assert_array_equal(np.asarray(got[0])[blind], 0)
 
 
+@pytest.mark.slow
 def test_it_is_causal_attention() -> None:
     """What the full forward gives at the last positions of each row."""
     q, k, v, _ = draw(Shape(2, 20, 20, 4, 2, 8, 8), "float64")
@@ -231,6 +235,7 @@ def with_gradients(q: Any, k: Any, v: Any, hidden: dict[str, Any]) -> Any:
     return run(q, k, v), jax.grad(lambda *x: jnp.sum(jnp.sin(run(*x))), argnums=(0, 1, 2))(q, k, v)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "how", "spec"),
     [

@@ -54,6 +54,7 @@ def test_two_kernels(dtype: str, cache_dtype: str | None, implementation: Any) -
     assert kernels(run, *arguments(dtype, cache_dtype)) == 2
 
 
+@pytest.mark.slow
 def test_of_every_way_of_hiding_keys() -> None:
     def run(q: Any, k: Any, v: Any, lengths: Any, mask: Any) -> Any:
         return lla_decode(q, k, v, lengths, starts=lengths - 9, mask=mask, local_window_size=100)

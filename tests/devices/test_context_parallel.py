@@ -59,6 +59,7 @@ def on_one_device(case: str) -> Any:
     return jax.jit(partial(output_and_gradients, attend))(jax.tree.map(jnp.asarray, hidden), *given())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "way"),
     [
@@ -209,6 +210,7 @@ def test_keys_that_do_not_divide_are_refused() -> None:
         lla_attention(placed, k[:, :31], v[:, :31], is_causal=False)
 
 
+@pytest.mark.slow
 def test_on_eight_devices() -> None:
     """In a process of its own: this one has two."""
     root = Path(__file__).parents[2]

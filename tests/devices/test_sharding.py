@@ -60,6 +60,7 @@ def on_one_device(attend: Any) -> Any:
     return jax.jit(partial(value_and_gradients, attend))(*arrays())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [BATCH, HEADS], ids=["batch", "heads"])
 @pytest.mark.parametrize(
     ("case", "implementation", "jit"),
@@ -91,6 +92,7 @@ def test_explicit_mesh(case: str, spec: P, implementation: Implementation, jit: 
     assert_alike((o, gradients), on_one_device(attend))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("spec", [BATCH, HEADS], ids=["batch", "heads"])
 @pytest.mark.parametrize("case", ["plain", "jacobi", "window"])
@@ -105,6 +107,7 @@ def test_shard_map(case: str, spec: P, check_vma: bool) -> None:
     assert_alike(run(*placed), on_one_device(attend))
 
 
+@pytest.mark.slow
 def test_shard_map_with_replicated_keys_and_ridge() -> None:
     """What only some arguments vary over: the gradients of the others are summed over the devices."""
 
@@ -119,6 +122,7 @@ def test_shard_map_with_replicated_keys_and_ridge() -> None:
     assert_alike(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [BATCH, HEADS, P(None, None, None, "x")], ids=str)
 def test_automatic_mesh(spec: P) -> None:
     def attend(*qkv: jax.Array) -> jax.Array:
@@ -152,6 +156,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Shapes:
     return given
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "kv_heads", "local", "case"),
     [

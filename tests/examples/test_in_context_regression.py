@@ -74,6 +74,7 @@ def test_targets_have_variance_one(example):
     assert np.mean(y**2) == pytest.approx(1.0, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["lla", "softmax"])
 def test_a_prediction_sees_its_input_and_the_pairs_before(example, attention):
     config = example.Config(**example.PRESETS["small"], implementation=None, seed=0)
@@ -109,6 +110,7 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_sweep(example, tmp_path, monkeypatch, capsys):
     """From the command: every method learns, and what is finished is not trained again."""
     done = run("--output-dir", str(tmp_path))

@@ -84,6 +84,7 @@ def test_data_is_a_function_of_the_key(example):
     assert not np.array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_predictions_are_causal(example):
     """A prediction depends on nothing after its place; of the other attentions test_train_char_lm.py tells."""
     config = example.Config(**example.PRESETS["small"], implementation=None, seed=0)
@@ -109,6 +110,7 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_sweep(example, tmp_path, capsys):
     """From the command: every method trains with every rate, and what is finished is not trained again."""
     done = run("--output-dir", str(tmp_path))

@@ -33,6 +33,7 @@ def is_png(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+@pytest.mark.slow
 def test_lla_improves_within_every_segment(example, tmp_path, capsys):
     output = tmp_path / "new" / "plot.png"
     flags = "--length 256 --streams 8 --dims 4 8 --segments 64 128 --seed 3 --output"
@@ -48,6 +49,7 @@ def test_lla_improves_within_every_segment(example, tmp_path, capsys):
         assert np.all((errors > 0) & (errors < 3))
 
 
+@pytest.mark.slow
 def test_errors_are_of_the_next_value(example):
     """Noise-free and within one segment, a ridge regression on more pairs than dimensions finds the map."""
     rng = np.random.default_rng(0)
@@ -105,6 +107,7 @@ def test_elnino_is_flattened_in_time_order(example):
     assert np.all(np.diff(series.times) > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "missing"),
     [
@@ -128,6 +131,7 @@ def test_real_series(example, tmp_path, capsys, data, missing):
     assert order[1].split(", ") == sorted(rows, key=lambda method: float(rows[method]))
 
 
+@pytest.mark.slow
 def test_settings_are_chosen_on_the_first_third(example, tmp_path, monkeypatch, capsys):
     """What comes after the first third changes the scores, and not the choice."""
     series = example.load_series("sunspots")

@@ -93,6 +93,7 @@ def wait_for_step(checkpoints: Path, step: int) -> None:
     pytest.fail(f"no checkpoint of step {step} in {checkpoints}")
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_run_ends_as_an_uninterrupted_one(finished, tmp_path):
     """SIGKILL at a random step, then Ctrl-C, then to the end: the same losses, bit for bit."""
     process = start(tmp_path)
@@ -118,6 +119,7 @@ def test_killed_and_stopped_run_ends_as_an_uninterrupted_one(finished, tmp_path)
     assert finished[1].splitlines()[-2:-1] == out.splitlines()[-2:-1]  # the bigram's row
 
 
+@pytest.mark.slow
 def test_what_comes_out(finished):
     output, out = finished
     loss, validation = losses(output)
@@ -150,6 +152,7 @@ def config(example: ModuleType, attention: str, **changes):
     return example.Config(attention, None, seed=0, text="", **given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["lla", "softmax"])
 def test_greedy_sampling_is_the_full_forward_pass(example, attention):
     """Through the cache, byte by byte and prompt beside prompt, as if each whole text were read again for each."""
@@ -181,6 +184,7 @@ def test_top_k_draws_from_the_likeliest(model):
     assert drawn == {253, 254, 255}
 
 
+@pytest.mark.slow
 def test_sampling_from_a_checkpoint(example, finished, capsys):
     """It repeats with its seed."""
     printed = []
@@ -194,6 +198,7 @@ def test_sampling_from_a_checkpoint(example, finished, capsys):
     assert " tokens/s" in printed[0].err
 
 
+@pytest.mark.slow
 def test_prompt_that_is_no_text(example, finished, capsys):
     """A file's bytes in the shell's argument, cut within a character."""
     flags = ["--output-dir", str(finished[0]), "--length", "1", "--generate"]
@@ -280,6 +285,7 @@ def refusal(example: ModuleType, capsys, output: Path, *flags: str) -> str:
 
 
 # orbax's event loop, when it gives up a damaged checkpoint
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_checkpoints_that_do_not_serve(example, finished, tmp_path, capsys):
     assert "no checkpoint in" in refusal(example, capsys, tmp_path / "none", "--generate", "x")
@@ -401,6 +407,7 @@ def test_implementation_that_cannot_run_here(example, tmp_path, capsys):
     assert 'implementation="triton" cannot serve this call' in line
 
 
+@pytest.mark.slow
 def test_fresh_starts_over(example, finished, tmp_path, monkeypatch, capsys):
     shutil.copytree(finished[0], tmp_path / "run")
 

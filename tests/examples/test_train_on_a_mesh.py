@@ -81,6 +81,7 @@ def expected(example: ModuleType, as_a_script: None, output_of_one: Path) -> np.
     return losses(output_of_one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["tensor=2", "context=2"])  # data and fsdp are below
 def test_a_mesh_gives_one_devices_losses(mesh, example, expected, tmp_path, capsys):
     example.main(["--output-dir", str(tmp_path), "--mesh", mesh, *SMALL])
@@ -88,6 +89,7 @@ def test_a_mesh_gives_one_devices_losses(mesh, example, expected, tmp_path, caps
     assert "2 x cpu" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_goes_on_on_another_mesh(example, expected, tmp_path, monkeypatch):
     step = example.Trainer.step
 
@@ -137,6 +139,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes(expected, tmp_path):
     port = free_port()
     processes = [start(tmp_path, i, port) for i in range(2)]
@@ -148,6 +151,7 @@ def test_two_processes(expected, tmp_path):
     assert not spoken  # process 0 speaks for all
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other(tmp_path):
     port = free_port()
     first, second = (start(tmp_path, i, port, "--steps", "100000") for i in range(2))

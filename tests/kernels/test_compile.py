@@ -215,12 +215,14 @@ def report(request: pytest.FixtureRequest) -> Iterator[Callable[[Entry], Report]
             pool.shutdown(cancel_futures=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_fits(entry: Entry, report: Callable[[Entry], Report]) -> None:
     taken, limit = report(entry).shared_memory, SHARED_MEMORY[entry.capability]
     assert taken <= limit, f"{entry} takes {taken} bytes of shared memory, {limit} is the most"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.capability < 100], ids=str)
 def test_spills_no_more_than_known(entry: Entry, report: Callable[[Entry], Report]) -> None:
     usual = (entry.capability, entry.dtype, entry.precision)
@@ -240,6 +242,7 @@ def test_the_kernels_tiles_fit_each_other(capability: int, operand_bytes: int, d
     assert operand_bytes == 2 or max(query, key, forward) <= 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.capability == 90 and e.dim <= 128], ids=str)
 def test_tensor_cores_are_not_serialised(entry: Entry, report: Callable[[Entry], Report]) -> None:
     assert not report(entry).serialised, report(entry).log

@@ -72,6 +72,7 @@ def kernels(f: Callable[..., Any], *args: Any) -> int:
 SMALL = Shape(queries=100, keys=130, heads=2, kv_heads=1, dim=24, value_dim=40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -107,6 +108,7 @@ choice = with_gradients(partial(attend, only=None))
 WAYS = ("interleaved", "an offset for each", "all at once, scattered")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WAYS)
 def test_every_way_of_hiding_keys_launches_the_kernels(name: str) -> None:
     case = HIDDEN[name]
@@ -121,6 +123,7 @@ def test_every_way_of_hiding_keys_launches_the_kernels(name: str) -> None:
     assert kernels(run, types, *arguments(case.shape, "bfloat16")) == 3
 
 
+@pytest.mark.slow
 def test_one_program_lowers_to_the_kernels_on_cuda_and_to_none_elsewhere() -> None:
     traced = jax.jit(choice).trace(*arguments(SMALL, "bfloat16"))
     cuda, cpu = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "cpu"))

@@ -72,12 +72,14 @@ class TestInside:
         if api == "nnx":
             assert relative_error(jax.jit(stock(api))(x), expected) > 0.01
 
+    @pytest.mark.slow
     def test_batch_axes_and_gradients(self, api: str) -> None:
         x = inputs(2, 3, 5, FEATURES)
         apply = stock(api, is_causal=True)
         gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(apply(x)))))(x)
         assert relative_error(gradient, our_gradient(x)) <= SAME
 
+    @pytest.mark.slow
     def test_window_and_bound_arrays(self, api: str) -> None:
         """As ``LLAttention`` has them, with two batch axes; known arrays in NNX, and traced ones in Linen, where a
         function made in the trace is how segments that differ from call to call get there."""
@@ -120,6 +122,7 @@ def test_is_causal_of_the_nnx_call() -> None:
     assert relative_error(got, call(module(ridge_lambda=RIDGE), x)) <= SAME
 
 
+@pytest.mark.slow
 def test_grouped_heads_and_dtypes() -> None:
     x, kwargs = inputs(), {"num_kv_heads": 2, "dtype": jnp.bfloat16}
     function = attention_fn(ridge_lambda=RIDGE, is_causal=True)
@@ -138,6 +141,7 @@ def test_nnx_decodes() -> None:
     assert relative_error(got, call(module(ridge_lambda=RIDGE), x)) <= SAME
 
 
+@pytest.mark.slow
 def test_linen_decodes() -> None:
     x = inputs(2, 5, FEATURES)
     twin = nn.MultiHeadDotProductAttention(4, decode=True, attention_fn=attention_fn(ridge_lambda=RIDGE))
@@ -298,6 +302,7 @@ def test_the_signature_names_all_that_flax_passes() -> None:
     assert set(inspect.signature(nnx.dot_product_attention).parameters) <= ours
 
 
+@pytest.mark.slow
 def test_masks_of_any_number_type() -> None:
     q = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 2, 4)))
     mask = np.tril(np.ones((4, 4)))

@@ -82,6 +82,7 @@ def test_nnx_decode_is_the_full_forward(variant: str, dtype: str, cuts: tuple[in
     assert int(layer.cache_index[...]) == LENGTH  # pyright: ignore[reportOptionalSubscript]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ridge", [0.1, 0.01])
 def test_a_small_ridge_shows_the_rounding_of_both_sides(ridge: float) -> None:
     """The full forward iterates and the step solves directly: each is off by half an ulp times A's condition."""
@@ -91,6 +92,7 @@ def test_a_small_ridge_shows_the_rounding_of_both_sides(ridge: float) -> None:
     assert worst(decode(layer, x, (0, 3, 11, 48, 56, 96)), call(layer, x)) <= bound
 
 
+@pytest.mark.slow
 def test_linen_decode_is_the_full_forward() -> None:
     """The cache collection is Flax's, made by init from inputs as long as it is to be."""
     x = inputs(2, LENGTH, FEATURES)
@@ -128,6 +130,7 @@ def test_the_cache_holds_what_flax_s_does(flax_promotes: None) -> None:
     )
 
 
+@pytest.mark.slow
 def test_any_number_of_batch_axes() -> None:
     layer, x = module(rope=100.0), inputs(2, 3, 12, FEATURES)
     layer.init_cache((2, 3, 12, FEATURES))
@@ -159,6 +162,7 @@ def check_rows(outputs: list[jax.Array], expected: list[jax.Array]) -> None:
     assert max(worst(got[b], expected[b]) for b in range(2)) <= BOUNDS["float32"]
 
 
+@pytest.mark.slow
 class TestPromptsOfTwoLengths:
     """In one batch, each row gives what it gives alone."""
 
@@ -224,6 +228,7 @@ def linen_twin(capacity: int, **changed: Any) -> tuple[LinenLLAttention, dict[st
     return twin, {"params": linen_parameters(module(**VARIANTS["all"])), "cache": cache}
 
 
+@pytest.mark.slow
 def test_rows_can_be_reordered_and_tokens_taken_back() -> None:
     """Beam search and speculative decoding: the cache is arrays, to be indexed, and the index a number, to be set."""
     layer, x = module(**VARIANTS["all"]), inputs(2, LENGTH, FEATURES)
@@ -241,6 +246,7 @@ def test_rows_can_be_reordered_and_tokens_taken_back() -> None:
     assert worst(step(layer, x[::-1, 14:15]), expected[::-1, 14:15]) <= BOUNDS["float32"]
 
 
+@pytest.mark.slow
 def test_linen_rows_can_be_reordered_and_tokens_taken_back() -> None:
     layer, x = module(**VARIANTS["all"]), inputs(2, LENGTH, FEATURES)
     expected = call(layer, x)
@@ -273,6 +279,7 @@ class TestNegativeIndex:
         assert bool(jnp.isnan(step(layer, inputs(2, 1, FEATURES))).all())  # and stays so
 
 
+@pytest.mark.slow
 class TestOnTwoDevices:
     """Cache and tokens divided by batch or heads: what one device gives."""
 
@@ -338,6 +345,7 @@ class TestOnTwoDevices:
             assert worst(jnp.concatenate([np.asarray(o) for o in outputs], axis=1), expected) <= BOUNDS["float32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("api", "masked"), [("nnx", False), ("linen", True)])
 def test_a_window(api: str, masked: bool) -> None:
     """In every way through the cache: into an empty one, many tokens after others, and few; with a mask on top."""
@@ -424,6 +432,7 @@ def test_an_empty_batch(tokens: int) -> None:
     assert step(layer, x[:, :1], mask=np.ones((0, 1, 1, 12), bool)).shape == (0, 1, FEATURES)
 
 
+@pytest.mark.slow
 class TestGradient:
     """In float64, through a cache that holds NaN wherever nothing is written, against the full causal forward's."""
 

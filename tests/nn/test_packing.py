@@ -67,6 +67,7 @@ def alone(apply: Callable[..., jax.Array], parameters: Any, x: jax.Array) -> jax
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("api", "window"), [("nnx", None), ("linen", (3, 0))], ids=str)
 def test_a_packed_row_is_its_documents_alone(api: str, window: Any) -> None:
     """Output, and gradients of parameters and inputs."""
@@ -90,6 +91,7 @@ def test_a_packed_row_is_its_documents_alone(api: str, window: Any) -> None:
     assert max(jax.tree.leaves(errors)) <= SAME, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("api", "batch"), [("nnx", (2, 3)), ("linen", ())], ids=str)
 def test_all_that_hides_is_the_mask_that_says_the_same(api: str, batch: tuple[int, ...]) -> None:
     """Window, a pair of segments, both lengths and a mask of zeros and ones, over any batch axes and two lengths."""

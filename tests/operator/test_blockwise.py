@@ -12,6 +12,7 @@ from tests.hard_key_tests import HardKeyTests
 from tests.implementation_tests import ImplementationTests
 
 
+@pytest.mark.slow
 class TestBlockwise(ImplementationTests):
     implementation = "xla"
 
@@ -27,6 +28,7 @@ class TestBlockwise(ImplementationTests):
         return 1e-2 if name == "o" else 2e-2  # the promise for 16-bit inputs
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 class TestHardKeys(HardKeyTests):
     implementation = "xla"

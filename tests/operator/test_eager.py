@@ -73,6 +73,7 @@ CALLS: dict[str, Callable[[], Call]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_the_second_call_compiles_nothing(name: str, caplog: pytest.LogCaptureFixture) -> None:
     call = CALLS[name]()

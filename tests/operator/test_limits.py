@@ -24,7 +24,10 @@ SHAPES = (CAUSAL, FULL)
 # conjugate gradients sqrt(cg_rtol) = 1e-14 of a solution, times the same.
 EXACT = 1e-11
 
-pytestmark = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+pytestmark = [
+    pytest.mark.parametrize("implementation", IMPLEMENTATIONS),
+    pytest.mark.usefixtures("quick_compilation"),
+]
 
 
 @cache

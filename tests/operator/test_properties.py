@@ -9,11 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashlla_jax import lla_attention
 from tests.cases import Inputs, Shape, draw, evaluate, relative_error
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 # Shapes are few, so that examples share compilations: the inputs are what varies.
 SHAPES = (

@@ -114,6 +114,7 @@ def _both_gradients(shape: Shape, opts: Options) -> tuple[Callable[..., Any], Ca
     return explicit, automatic
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delta_eps", [0.0, 0.3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_explicit_backward_is_jax_grad(shape: Shape, delta_eps: float) -> None:
@@ -131,6 +132,7 @@ def test_explicit_backward_is_jax_grad(shape: Shape, delta_eps: float) -> None:
     assert not lines, "\n".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["q", "k", "v", "lambda"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradients_are_finite_differences(shape: Shape, direction: str) -> None:
@@ -179,6 +181,7 @@ def test_residuals_are_constants_of_the_definition() -> None:
     assert float(jnp.max(residuals.residual_norm)) <= 1e-13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_dtypes(dtype: str) -> None:
     """Outputs and gradients have the dtype of what they belong to, and are right to that dtype's rounding."""

@@ -14,6 +14,8 @@ import pytest
 from flashlla_jax import Residuals, lla_attention, lla_attention_and_omega
 from tests.cases import Shape, draw, relative_error
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")  # tiny shapes: compilation is all the time
+
 SHAPE = Shape(2, 9, 12, 4, 2, 5, 3)
 FLAT = Shape(2, 6, 6, 1, 1, 4, 4)
 BATCH = 3  # of the axes that vmap adds
@@ -61,6 +63,7 @@ def test_jit_is_the_eager_call(implementation: Any) -> None:
     assert_same(jit_attend(*args, implementation), attend(*args, implementation))
 
 
+@pytest.mark.slow
 @both
 def test_value_and_grad_is_value_and_is_grad(implementation: Any) -> None:
     args = arguments()
@@ -69,6 +72,7 @@ def test_value_and_grad_is_value_and_is_grad(implementation: Any) -> None:
     assert_same(gradients, jit_grad(*args, implementation))
 
 
+@pytest.mark.slow
 def test_grad_of_one_argument_is_its_part() -> None:
     """Not differentiating an argument leaves the others' gradients as they are."""
     args = arguments()
@@ -147,6 +151,7 @@ def test_checkpoint_changes_no_gradient() -> None:
     assert_same(jax.jit(jax.grad(remade, argnums=(0, 1, 2, 3)))(*args), jit_grad(*args, "xla"))
 
 
+@pytest.mark.slow
 def test_scan_over_layers_is_a_loop() -> None:
     """A stack of layers with own weights and ridges, forward and backward."""
     rng = np.random.default_rng(1)
@@ -197,6 +202,7 @@ def test_forward_mode_is_refused_by_jax(mode: str) -> None:
         transformed(args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hidden", [{}, {"local_window_size": 3, "cg_use_preconditioner": True}], ids=["plain", "window"]
 )
@@ -220,6 +226,7 @@ def test_forward_over_reverse_is_the_references(hidden: dict[str, Any]) -> None:
     assert_same(products("xla", cg_rtol=1e-28), products("reference"), 1e-10)
 
 
+@pytest.mark.slow
 def test_reverse_over_reverse_is_refused_but_for_the_reference() -> None:
     q, k, v, ridge = arguments(FLAT)
 
@@ -232,6 +239,7 @@ def test_reverse_over_reverse_is_refused_but_for_the_reference() -> None:
     assert bool(jnp.isfinite(jax.jit(jax.grad(slope), static_argnums=1)(q, "reference")).all())
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("name", ["left padding", "a length of 0", "window", "infinite ridge"])
 def test_finite_inside(name: str, implementation: Any) -> None:
@@ -250,6 +258,7 @@ def test_finite_inside(name: str, implementation: Any) -> None:
         vjp(o)
 
 
+@pytest.mark.slow
 @both
 def test_what_hides_all_of_an_entry_hides_its_nan(implementation: Any) -> None:
     """A batch entry of length 0 that is all NaN, query too: zero, without a gradient, and the others as they were."""
@@ -350,6 +359,7 @@ def test_no_batch_gives_no_output(implementation: Any) -> None:
         assert gradient.shape == x.shape
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_traced_ridge_of_any_float_dtype(dtype: str, implementation: Any) -> None:
@@ -370,6 +380,7 @@ def test_an_integer_ridge_is_a_number() -> None:
         np.testing.assert_array_equal(attend(q, k, v, ridge), expected)
 
 
+@pytest.mark.slow
 def test_training_is_the_references_training() -> None:
     """Twenty steps of Adam on a tiny regression, all projections and the ridge learnt: the loss falls, and every
     loss is the dense reference's."""
@@ -422,6 +433,7 @@ def test_exported_function_runs() -> None:
     assert_same(exported.call(q, k, v, ridge), jit_attend(q, k, v, ridge, "xla"))
 
 
+@pytest.mark.slow
 def test_exported_for_any_batch() -> None:
     def gradient(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jax.grad(lambda q: jnp.sum(lla_attention(q, k, v, implementation="xla")))(q)

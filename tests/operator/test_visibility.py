@@ -43,6 +43,7 @@ def assert_same(got: dict[str, jax.Array], expected: dict[str, jax.Array], bound
         assert relative_error(got[name], x) <= bound, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "is_causal"),
     [((2, 4, 140, 160), True), ((2, 1, 1, 160), False), ((1, 4, 140, 1), True)],
@@ -68,6 +69,7 @@ def test_the_reference_backward_is_its_gradient() -> None:
     assert_same(dict(zip(GRADIENTS, got, strict=True)), {name: expected[name] for name in GRADIENTS})
 
 
+@pytest.mark.slow
 @both
 def test_lengths_are_slices(implementation: str) -> None:
     """Padding a batch entry's keys is not having them; the hidden rows may hold anything, and get no gradient."""
@@ -182,6 +184,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WAYS)
 def test_linear_memory(name: str) -> None:
     """As test_memory.py: read off the compiled program, forward and backward."""
@@ -227,6 +230,7 @@ def test_hidden_blocks_are_not_visited() -> None:
     assert bool(jnp.isnan(o_[:, :128]).all())  # the poison can be seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_packed_documents_are_as_if_alone(implementation: str, is_causal: bool) -> None:
@@ -241,6 +245,7 @@ def test_packed_documents_are_as_if_alone(implementation: str, is_causal: bool) 
         assert_same({name: x[:, start:end] for name, x in got.items()}, alone, 10 * SAME)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "in_axes", [(0, 0, 0), (None, 0, 0), (0, None, None), (None, 0, None), (None, None, 0)], ids=str
 )
@@ -265,6 +270,7 @@ def test_vmap_over_what_hides(in_axes: tuple[int | None, ...]) -> None:
             assert relative_error(x[i], y) <= SAME
 
 
+@pytest.mark.slow
 def test_checkpoint_and_scan() -> None:
     """A stack of layers over one packed row, rematerialised."""
     case = HIDDEN["packed"]
@@ -285,6 +291,7 @@ def test_checkpoint_and_scan() -> None:
     assert relative_error(got, jax.jit(jax.grad(looped))(x)) <= SAME
 
 
+@pytest.mark.slow
 def test_exported_for_any_batch() -> None:
     q, k, v, _ = draw(Shape(3, 9, 9, 2, 1, 4, 4), "float32")
     ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 3, (3, 9))))
@@ -299,6 +306,7 @@ def test_exported_for_any_batch() -> None:
     np.testing.assert_allclose(jax.export.export(call)(*sizes).call(*args), call(*args), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_either_side_of_the_operator_may_be_mapped() -> None:
     """``only=None`` off CUDA: what the kernels would keep is left empty, under vmap too."""
     q, k, v, g = draw(Shape(3, 9, 9, 2, 2, 4, 4), "float32")
@@ -356,7 +364,8 @@ def made(shape: Shape, hidden: dict[str, Any]) -> Visibility:
     return visibility(check_hiding(q, k, is_causal=shape.is_causal, **hidden), shape.queries, shape.keys)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(problems())
 def test_visibility_is_its_definition(problem: tuple[Shape, dict[str, Any]]) -> None:
     shape, hidden = problem
@@ -377,6 +386,7 @@ def test_visibility_is_its_definition(problem: tuple[Shape, dict[str, Any]]) -> 
     assert not seen.from_first or not np.any(seen.start)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(problems())
 def test_blockwise_is_the_reference_for_any_combination(problem: tuple[Shape, dict[str, Any]]) -> None:
