@@ -117,6 +117,7 @@ def test_reference() -> None:
     assert_alike(run(*arrays)[2], on_one_device("plain")[2])
 
 
+@pytest.mark.slow
 def test_mapped_inside_of_shard_map() -> None:
     q, k, v = given()[:3]
 

@@ -88,11 +88,13 @@ def test_forward_and_backward(shape: Shape, dtype: str) -> None:
     assert kernels(gradients(shape), *args) == 3
 
 
+@pytest.mark.slow
 def test_vmap_launches_no_more() -> None:
     args = [jax.ShapeDtypeStruct((5, *x.shape), x.dtype) for x in arguments(SMALL, "float32")]
     assert kernels(jax.vmap(gradients(SMALL)), *args) == 3
 
 
+@pytest.mark.slow
 def test_checkpoint_repeats_the_forward_pass() -> None:
     def loss(*args: jax.Array) -> jax.Array:
         return jnp.sum(jax.checkpoint(forward(SMALL))(*args))
@@ -134,6 +136,7 @@ def test_one_program_lowers_to_the_kernels_on_cuda_and_to_none_elsewhere() -> No
     assert both.count("@triton_kernel_call") == 3
 
 
+@pytest.mark.slow
 def test_the_choice_can_be_mapped() -> None:
     args = [jax.ShapeDtypeStruct((5, *x.shape), x.dtype) for x in arguments(SMALL, "bfloat16")]
     assert kernels(jax.vmap(choice), *args) == 3
@@ -148,6 +151,7 @@ def batch_of_two(sharding: NamedSharding | None) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype, sharding=sharding) for x in given]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["triton", None])
 @pytest.mark.parametrize("explicit", [True, False], ids=["explicit mesh", "shard_map"])
 def test_every_device_launches_its_own(implementation: Any, explicit: bool) -> None:

@@ -180,6 +180,7 @@ def test_any_number_of_batch_axes(batch: tuple[int, ...]) -> None:
         assert relative_error(got[index], alone) <= SAME
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_cross_attention(is_causal: bool) -> None:
     """Other lengths and features for keys and values; causal queries are the last ones, in rope too."""

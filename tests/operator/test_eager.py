@@ -90,7 +90,10 @@ def test_the_second_call_compiles_nothing(name: str, caplog: pytest.LogCaptureFi
         assert compilations() == 0
 
 
-@pytest.mark.parametrize("name", ["attention", "gradient, hidden keys", "LLAttention"])
+@pytest.mark.parametrize(
+    "name",
+    ["attention", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gradient, hidden keys", "LLAttention"))],
+)
 def test_nothing_is_kept_of_a_call(name: str) -> None:
     call = CALLS[name]()
 

@@ -81,6 +81,7 @@ def test_grad_of_one_argument_is_its_part() -> None:
         assert_same(jax.jit(jax.grad(loss, argnums=i))(*args), expected[i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "in_axes",
     [(0, 0, 0, 0), (None, 0, 0, 0), (0, None, 0, 0), (0, 0, None, 0), (0, 0, 0, None), (0, None, None, None)],
@@ -109,6 +110,7 @@ def test_vmap_over_other_axes() -> None:
         assert_same(got[:, i], jit_attend(q[i], k[i], v[i], ridge[i], "xla"))
 
 
+@pytest.mark.slow
 def test_nested_vmap() -> None:
     """Two mapped axes, one over queries and ridge, the other over keys and values."""
     q, k, v, ridge = stack(2)
@@ -134,6 +136,7 @@ def test_grad_of_vmap_sums_what_is_shared(implementation: Any) -> None:
     assert_same(dridge, sum(g[3] for g in each))
 
 
+@pytest.mark.slow
 def test_vmap_over_the_batch_axis_of_rank_three() -> None:
     """A map over the batch of ``(B, S, D)`` with a new batch of one inside is the call itself."""
     q, k, v, ridge = (x[:, :, 0] for x in arguments(FLAT))

@@ -92,6 +92,7 @@ def test_lengths_are_slices(implementation: str) -> None:
     assert_same({name: x[1:, :n] if name in ("dk", "dv") else x[1:] for name, x in got.items()}, expected)
 
 
+@pytest.mark.slow
 @both
 def test_left_padding_is_a_slice(implementation: str) -> None:
     """Causal, the first keys hidden: their queries see nothing, the others what they would see alone."""
@@ -107,6 +108,7 @@ def test_left_padding_is_a_slice(implementation: str) -> None:
     assert_same({name: x[:, pad:] for name, x in got.items()}, expected, 10 * SAME)
 
 
+@pytest.mark.slow
 def test_hidden_keys_do_not_matter() -> None:
     """Other values of a key leave the queries that do not see it the same bits, though others do see it."""
     inputs, lam = draw(SHAPE, "float32"), ridge().astype(jnp.float32)
@@ -141,6 +143,7 @@ def test_a_causal_mask_is_causal() -> None:
     assert relative_error(got, attend(*inputs[:3], ridge_lambda=lam)) <= SAME
 
 
+@pytest.mark.slow
 def test_mask_and_lengths_are_both_kept() -> None:
     shape = Shape(2, 9, 12, 4, 2, 5, 3)
     inputs, lam, mask = draw(shape), ridge(shape), random_mask(1, 4, 9, 12)
@@ -159,6 +162,7 @@ def test_rank_three_is_one_head() -> None:
     np.testing.assert_array_equal(flat, full[:, :, 0])
 
 
+@pytest.mark.slow
 def test_vmap_over_the_mask() -> None:
     shape = Shape(1, 9, 12, 2, 2, 5, 3)
     q, k, v, _ = draw(shape)
