@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from flashlla_jax import lla_attention
 from tests.cases import Inputs, Shape, draw, evaluate, relative_error
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Shapes are few, so that examples share compilations: the inputs are what varies.
 SHAPES = (
@@ -69,6 +69,7 @@ def softmax_and_bound(inputs: Inputs, shape: Shape, ridge: float) -> tuple[np.nd
     return np.moveaxis(p @ v, 1, 2), np.moveaxis(bound, 1, 2)
 
 
+@pytest.mark.slow
 @properties
 @given(shapes, seeds, st.tuples(exponents, exponents, exponents), st.floats(-2, 3))
 def test_finite(shape: Shape, seed: int, scales: tuple[float, float, float], ridge: float) -> None:
@@ -79,6 +80,7 @@ def test_finite(shape: Shape, seed: int, scales: tuple[float, float, float], rid
         assert bool(jnp.isfinite(x).all()), name
 
 
+@pytest.mark.slow
 @properties
 @given(shapes, seeds, st.tuples(exponents, exponents, exponents), st.floats(-2, 3))
 def test_agrees_with_the_reference(shape: Shape, seed: int, scales: tuple[float, float, float], ridge: float) -> None:
@@ -107,6 +109,7 @@ def test_distance_from_softmax(shape: Shape, seed: int, scales: tuple[float, flo
     assert np.all(np.linalg.norm(o - softmax, axis=-1) <= bound + slack)
 
 
+@pytest.mark.slow
 @properties
 @given(shapes, seeds, st.sampled_from([0.5, 3.0, 64.0]), st.floats(-2, 2))
 def test_units_of_the_key(shape: Shape, seed: int, c: float, ridge: float) -> None:
