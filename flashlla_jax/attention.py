@@ -162,7 +162,7 @@ def lla_attention(
     Example::
 
         o = lla_attention(q, k, v)  # (B, T, N, H), causal
-        o = lla_attention(q, k, v, segment_ids=ids, local_window_size=(511, 0), ridge_lambda=1.0)
+        o = lla_attention(q, k, v, segment_ids=ids, local_window_size=(511, 0))
 
     Args:
         query: ``(B, T, D)``, or ``(B, T, N, H)`` with N heads. bfloat16, float16, float32 or float64.

@@ -36,8 +36,8 @@ def attention_fn(
 
     An existing model switches to Local Linear Attention without a new module or new parameters::
 
-        nnx.MultiHeadAttention(num_heads=8, in_features=512, attention_fn=attention_fn(ridge_lambda=1.0), rngs=rngs)
-        nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=attention_fn(ridge_lambda=1.0))
+        nnx.MultiHeadAttention(num_heads=8, in_features=512, attention_fn=attention_fn(), rngs=rngs)
+        nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=attention_fn())
 
     The function uses the module's ``mask``, ``dtype`` and ``precision``, and works with its ``decode=True``. It
     refuses a bias, dropout on the weights and sowing the weights: Local Linear Attention does not have them. Two
