@@ -106,7 +106,9 @@ def call(setting: Setting, devices: int) -> Measured:
 def training_step(mesh: str, devices: int, changes: dict[str, Any], quick: bool) -> float:
     """Milliseconds, the median of ten steps."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    example, meshes, texts = (importlib.import_module(name) for name in ("train_char_lm", "meshes", "stdlib_text"))
+    example, meshes, texts = (
+        importlib.import_module(name) for name in ("train_char_lm", "common.meshes", "common.stdlib_text")
+    )
     sizes = example.PRESETS["cpu" if quick else "h200"] | (TINY if quick else {}) | changes
     text = texts.load_text()
     config = example.Config(example.LLA, None, seed=0, text=text.sha256, **sizes)

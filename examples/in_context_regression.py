@@ -27,10 +27,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common.runs import number
+from common.sweep import Budget, Job, Results, best_rate, carry_out, refuse_repetition, run_all, sweep_parser
+from common.transformer import ATTENTIONS, AUTO, COLORS, TITLES, Array, Transformer, compute_dtype
 from flax import nnx
-from runs import number
-from sweep import Budget, Job, Results, best_rate, carry_out, refuse_repetition, run_all, sweep_parser
-from transformer import ATTENTIONS, AUTO, COLORS, TITLES, Array, Transformer, compute_dtype
 
 try:
     from matplotlib.figure import Figure

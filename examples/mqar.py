@@ -25,10 +25,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common.runs import number
+from common.sweep import Budget, Job, Results, best_rate, carry_out, refuse_repetition, run_all, sweep_parser
+from common.transformer import ATTENTIONS, AUTO, COLORS, LINES, LLA, TITLES, Array, Transformer, compute_dtype
 from flax import nnx
-from runs import number
-from sweep import Budget, Job, Results, best_rate, carry_out, refuse_repetition, run_all, sweep_parser
-from transformer import ATTENTIONS, AUTO, COLORS, TITLES, Array, Transformer, compute_dtype
 
 try:
     import optax
@@ -193,6 +193,10 @@ def table(config: Config, results: Results) -> str:
     return "\n".join(lines)
 
 
+# LLA and softmax attention are often both at 1: of two markers the larger one is seen around the other
+SIZES = {a: 10 if a == LLA else 6 for a in ATTENTIONS}
+
+
 def plot(config: Config, results: Results) -> Figure:
     """Accuracy against width above, the loss in training below; a column per length."""
     columns = len(config.lengths)
@@ -201,7 +205,8 @@ def plot(config: Config, results: Results) -> Figure:
     for (above, below), length, pairs in zip(grid.T, config.lengths, config.pairs, strict=True):
         for a in reversed(ATTENTIONS):  # LLA on top
             found = [results.finished[job_name(a, width, length)] for width in config.widths]
-            above.plot(config.widths, [x["accuracy"] for x in found], "o-", color=COLORS[a], label=TITLES[a])
+            style = {"color": COLORS[a], "markerfacecolor": "none", "markersize": SIZES[a], "label": TITLES[a]}
+            above.plot(config.widths, [x["accuracy"] for x in found], LINES[a], **style)
             for x, opacity in zip(found, np.linspace(0.35, 1.0, len(found)), strict=True):
                 steps = np.arange(len(x["loss"])) * config.loss_every
                 below.plot(steps, x["loss"], color=COLORS[a], alpha=opacity, linewidth=1)
@@ -209,7 +214,7 @@ def plot(config: Config, results: Results) -> Figure:
         above.set_xscale("log", base=2)
         above.set_xticks(config.widths, [str(width) for width in config.widths])
         above.set_xlabel("width")
-        above.set_ylim(-0.03, 1.03)
+        above.set_ylim(-0.03, 1.08)
         below.set_xlabel("step (darker: wider)")
         for ax in (above, below):
             ax.spines[["top", "right"]].set_visible(False)

@@ -1,15 +1,17 @@
-"""The arguments of the public functions: checked, on one layout, and what is known of them when a call is traced.
+"""The arguments of the public functions: checks, the one layout, and the part that is known when a call is traced.
 
-An error names the argument, what was given and what is allowed. Values that are known now, Python's and NumPy's, are
-checked now; those of traced and device arrays cannot be.
+An error names the argument, the value that came and the values that are allowed. Python's and NumPy's values are known
+and checked now. Those of traced and device arrays cannot be.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import operator
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,29 @@ Implementation = Literal["triton", "xla", "reference"]
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 _QKV = ("query", "key", "value")
 _AXES = {3: "(B, T, D)", 4: "(B, T, N, H)"}
+
+
+# Arguments of other attention functions, and what to pass instead.
+_ELSEWHERE = {
+    "scale": "the factor of the logits is qk_scale",
+    "bias": "nothing is added to the logits; hide keys by mask, boolean and True where a key is visible",
+    "dropout_rate": "there are no weights to drop; apply dropout to the output",
+}
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def explains_names_from_elsewhere(function: Function) -> Function:
+    """The function, with an error that helps for an argument that other attention functions have and it lacks."""
+
+    @functools.wraps(function)
+    def explaining(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name in _ELSEWHERE:
+                raise TypeError(f"{function.__name__} got an unexpected keyword argument {name!r}: {_ELSEWHERE[name]}")
+        return function(*args, **kwargs)
+
+    return cast(Function, explaining)
 
 
 def check_arrays(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]:
@@ -193,7 +218,10 @@ def check_mask(mask: Any, allowed: dict[str, tuple[int, ...]]) -> Array:
     if not hasattr(mask, "shape") or not hasattr(mask, "dtype"):
         raise TypeError(f"mask must be a boolean array, got {type(mask).__name__}")
     if mask.dtype != np.bool_:
-        raise TypeError(f"mask must be boolean, True where a key is visible, got dtype {mask.dtype}")
+        raise TypeError(
+            f"mask must be boolean, True where a key is visible, got dtype {mask.dtype}. For a mask that is added to "
+            "the logits, with 0 where a key is visible, pass mask == 0"
+        )
     full = next((shape for shape in allowed.values() if len(shape) == len(mask.shape)), None)
     if full is None or any(n not in (1, m) for n, m in zip(mask.shape, full, strict=True)):
         shapes = " or ".join(f"{axes} = {shape}" for axes, shape in allowed.items())
@@ -243,7 +271,7 @@ def check_ridge(ridge_lambda: Any, query: Array) -> Array:
         raise TypeError(f"ridge_lambda must be a real number or an array, got {type(ridge_lambda).__name__}")
     if not number and str(ridge_lambda.dtype) not in _DTYPES and not jnp.issubdtype(ridge_lambda.dtype, jnp.integer):
         raise TypeError(f"ridge_lambda must be real, {', '.join(_DTYPES)} or integer, got dtype {ridge_lambda.dtype}")
-    # what is known now is checked now, in the dtype that it is used in, where a tiny number may be 0
+    # a known value is checked now, in the dtype of its use: there a tiny number may be 0
     if number:
         ridge_lambda = _as_float("ridge_lambda", ridge_lambda)
     known = None
@@ -303,7 +331,7 @@ def _default_max_iters(query: Array) -> int:
 
 
 def _least_rtol(query: Array) -> float:
-    """|r| = eps^2 |r0|: x has long been as good as it gets, and of what is left the solver would make steps astray."""
+    """|r| = eps^2 |r0|: x got its last digit long before, and further steps would follow rounding errors."""
     return float(jnp.finfo(accumulation_dtype(query.dtype)).eps) ** 4
 
 

@@ -24,6 +24,7 @@ from flashlla_jax.arguments import (
     check_implementation,
     check_options,
     check_ridge,
+    explains_names_from_elsewhere,
 )
 from flashlla_jax.context_parallel import Axes, gathered, local_visibility
 from flashlla_jax.interface import Options, Residuals
@@ -98,6 +99,7 @@ def lla_attention(
 ) -> tuple[Output, Residuals]: ...
 
 
+@explains_names_from_elsewhere
 def lla_attention(
     query: Query,
     key: Key,
@@ -122,68 +124,72 @@ def lla_attention(
     return_residuals: bool = False,
     axis_name: AxisName | None = None,
 ) -> Output | tuple[Output, Residuals]:
-    r"""Local Linear Attention (Zuo et al., ICLR 2026, arXiv 2510.01450).
+    """Local Linear Attention (Zuo et al., ICLR 2026, arXiv 2510.01450).
 
-    Names, layouts and meanings are those of ``jax.nn.dot_product_attention`` where it has them, with these differences:
+    Names, layouts and meanings are those of ``jax.nn.dot_product_attention`` if it has them, with these differences:
     causal by default; queries are aligned with the keys at the end (``query_offset``); the factor of the logits is
     ``qk_scale``; there is no bias; a query that sees no key has output zero.
 
-    Fits, at every query, a ridge-regularised linear regression of the values on the keys, weighted by the softmax
-    attention weights :math:`p_{ij}`, and returns its prediction at the query. In the centred form (design of this
-    package, equal to the paper's equation):
+    At every query the function fits a linear regression of the values on the keys, with a ridge. Each key counts with
+    its softmax attention weight p_ij. The output is the prediction at the query. In the centred form, which equals the
+    paper's equation (docs/design.md derives it):
 
-    .. math::
-        \bar k_i = \sum_j p_{ij} k_j, \quad
-        A_i = \sum_j p_{ij} (k_j - \bar k_i)(k_j - \bar k_i)^T + \lambda_i I, \quad
-        x_i = A_i^{-1} (\bar k_i - q_i), \quad
-        o_i = \sum_j p_{ij} (1 - (k_j - \bar k_i) \cdot x_i) v_j
+        kbar_i = sum_j p_ij k_j
+        A_i    = sum_j p_ij (k_j - kbar_i)(k_j - kbar_i)^T + lambda_i I
+        x_i    = A_i^-1 (kbar_i - q_i)
+        o_i    = sum_j p_ij (1 - (k_j - kbar_i).x_i) v_j
 
-    ``ridge_lambda`` to infinity is softmax attention; ``qk_scale = 0`` is ridge regression with an intercept over the
+    ``ridge_lambda`` to infinity is softmax attention. ``qk_scale = 0`` is ridge regression with an intercept over the
     visible keys (MesaNet's limit).
 
-    Differentiable in ``query``, ``key``, ``value`` and ``ridge_lambda``, in reverse mode. With ``implementation="xla"``
-    the gradient can be differentiated again in forward mode (``jax.hessian``, Hessian-vector products by ``jax.jvp`` of
-    ``jax.grad``); with ``implementation="reference"`` in any mode. Works under ``jax.jit``, ``jax.vmap``,
-    ``jax.checkpoint``, ``jax.lax.scan`` and ``jax.shard_map``.
+    The function can be differentiated in ``query``, ``key``, ``value`` and ``ridge_lambda``, in reverse mode. With
+    ``implementation="xla"`` the gradient can be differentiated again in forward mode (``jax.hessian``, Hessian-vector
+    products by ``jax.jvp`` of ``jax.grad``), with ``implementation="reference"`` in any mode. ``jax.jit``,
+    ``jax.vmap``, ``jax.checkpoint``, ``jax.lax.scan`` and ``jax.shard_map`` work.
 
-    On several devices each computes the batch entries, heads and queries that it holds: of arrays on a mesh with
-    explicit axes, on one with automatic axes under ``jax.jit``, and inside ``jax.shard_map``, where ``axis_name`` says
-    over which axes the length is divided. Keys and values are then gathered whole on every device (their gradients are
-    reduce-scattered), queries stay, and the work of causal calls is balanced without a change of the data's order. The
-    length divides as the query's does; key and value may lie otherwise, and are sent to where they are needed. It has
-    to divide evenly, for explicit axes and ``jax.shard_map`` by JAX's own rule; on automatic axes what does not is
-    computed whole on every device. Pad it where it does not, and hide the rest by the lengths.
+    On several devices each computes the batch entries, heads and queries that it holds. This holds for arrays on a mesh
+    with explicit axes, on a mesh with automatic axes under ``jax.jit``, and inside ``jax.shard_map``, if ``axis_name``
+    names the axes that divide the length. Queries stay. Keys and values are gathered whole on every device, and their
+    gradients are reduce-scattered. Causal work is balanced, and the data keeps its order. Key and value may be divided
+    otherwise than the query: they are sent to the devices that need them. The length has to divide evenly. On automatic
+    axes a length that does not is computed whole on every device; elsewhere JAX refuses it. Pad it, and hide the rest
+    by the lengths.
 
-    A query sees the keys that all of ``is_causal``, ``local_window_size``, the lengths, ``segment_ids`` and ``mask``
-    allow. Work and memory are spent on what is visible: a window or a packed row costs what it shows. A query that sees
-    no key has output zero and no gradient. Keys that no query sees, and such queries, count for nothing, even where
-    they hold NaN.
+    A query sees a key if all of ``is_causal``, ``local_window_size``, the lengths, ``segment_ids`` and ``mask`` allow
+    it. Time and memory follow the visible keys: a window or a packed row costs what it shows. A query that sees no key
+    has output zero and no gradient. Such queries, and keys that no query sees, may hold NaN.
+
+    Example::
+
+        o = lla_attention(q, k, v)  # (B, T, N, H), causal
+        o = lla_attention(q, k, v, segment_ids=ids, local_window_size=(511, 0))
 
     Args:
         query: ``(B, T, D)``, or ``(B, T, N, H)`` with N heads. bfloat16, float16, float32 or float64.
         key: ``(B, S, D)``, or ``(B, S, K, H)`` with K dividing N: each key/value head serves N / K query heads.
         value: ``(B, S, Dv)``, or ``(B, S, K, Hv)``. The last dimension may differ from the key's.
         mask: Boolean, True where a key is visible: ``(B, T, S)``, or ``(B, N, T, S)`` for rank-4 inputs, with 1 in
-            place of any axis. Prefer the arguments below where they say the same: they cost O(T + S) memory, a mask its
-            own T S.
+            place of any axis. Prefer the arguments below if they can say the same: they take O(T + S) memory, a mask
+            T S.
         segment_ids: Integers: one ``(B, S)`` array for queries and keys, which needs T == S, or a pair of a ``(B, T)``
-            and a ``(B, S)`` array of one dtype. A query sees the keys of its own segment, in whatever order these come;
-            documents that are packed into one row are as if they were alone.
+            and a ``(B, S)`` array of one dtype. A query sees the keys of its own segment, in any order. Documents
+            that are packed into one row give what each gives alone.
         query_seq_lengths: ``(B,)``, integers from 0 to T: how many leading queries of each batch entry there are; the
-            others see no key. NumPy arrays are checked; what lies outside in others counts as 0 or T.
+            others see no key. Values of NumPy arrays are checked. In other arrays a value below 0 counts as 0, and
+            one above T as T.
         key_value_seq_lengths: ``(B,)``, integers from 0 to S: how many leading keys of each batch entry there are, the
-            rest being padding; otherwise like ``query_seq_lengths``. The alignment of queries and keys is still that of
+            rest being padding; otherwise like ``query_seq_lengths``. Queries and keys are still aligned at the end of
             the arrays.
         local_window_size: ``(left, right)``, ints >= 0: a query at position i sees keys at positions from ``i - left``
             to ``i + right``. An int w is ``(w, w)``.
         query_offset: Position of the first query, for ``is_causal`` and ``local_window_size``; key j has position j.
             None for ``S - T``: the last query is at the last key. An int, or a traced integer scalar, or ``(B,)``
-            integers. May be negative or lie beyond the keys. What lies beyond 2**29 is an error where it is known,
-            else counts as 2**29.
+            integers. It may be negative or lie beyond the keys. A value beyond 2**29 is an error if it is known,
+            and counts as 2**29 if it is traced.
         ridge_lambda: The ridge, > 0: a number, or an array that broadcasts to ``(B, T)`` or ``(B, T, N)`` by NumPy's
             rules (so ``(N,)`` is one per head, ``(B, T, 1)`` one per token). It is in units of the squared key and is
-            multiplied by omega as in the PyTorch package ``flashlla``. Numbers and NumPy arrays are checked here;
-            where a traced or device array is not positive the output row is NaN.
+            multiplied by omega as in the PyTorch package ``flashlla``. Numbers and NumPy arrays are checked.
+            If a traced or device array is not positive, the output row is NaN.
         qk_scale: Factor of the logits, a Python number; None for 1 / sqrt(key dimension).
         is_causal: Whether a query sees only the keys up to its own position. Without ``query_offset`` more queries than
             keys are then refused.
@@ -191,22 +197,23 @@ def lla_attention(
             under differentiation. >= 0.
         cg_atol: Floor of the squared right-hand side in the stop below. >= 0; None for 0, a purely relative stop.
         cg_rtol: A query's conjugate-gradient solve stops when ``|r|^2 <= cg_rtol * max(cg_atol, |r0|^2)``. >= 0; None
-            for the value that fits the dtype and ``precision`` (see README, Numerics). Below eps^4, 2e-28 for float32,
-            it counts as that: no x gets better, and rounding would lead the steps astray.
-        cg_max_iters: Most steps of a solve, >= 1; None for ``max(32, 4 D)``, a net under the stop.
+            for the value that fits the dtype and ``precision`` (docs/numerics.md). A value below eps^4, 2e-28 for
+            float32, counts as eps^4: beyond it x gets no better, and rounding spoils the steps.
+        cg_max_iters: Most steps of a solve, >= 1; None for ``max(32, 4 D)``. A solve that gets there has
+            not converged.
         cg_use_preconditioner: Whether to precondition the solves with the diagonal of A (Jacobi).
-        precision: None, a ``jax.lax.Precision`` or its name; of a pair the higher one counts, and a
-            ``jax.lax.DotAlgorithmPreset`` stands for the one that it comes nearest. None is JAX's
-            ``jax_default_matmul_precision`` where that is set, else DEFAULT.
+        precision: None, a ``jax.lax.Precision`` or its name; the higher one of a pair counts. A
+            ``jax.lax.DotAlgorithmPreset`` counts as the nearest one. None is JAX's ``jax_default_matmul_precision``
+            if that is set, else DEFAULT.
         implementation: ``"triton"`` (fused kernels, NVIDIA GPU of compute capability 8.0 or more; no float64, head
             dimensions up to 256), ``"xla"`` (any platform, O(S D) memory), ``"reference"`` (dense, for tests), or None
-            for the best that runs: Triton where it can serve the call, XLA elsewhere. A named one is used or refused,
-            never replaced. Where None is served by XLA beside an NVIDIA GPU, a warning says why.
+            for the best that runs: Triton if it can serve the call, else XLA. If you name one, it runs or it raises
+            an error. If None means XLA although there is an NVIDIA GPU, a warning says why.
         return_residuals: Whether to return ``(o, residuals)``, residuals being a
             :class:`~flashlla_jax.Residuals` (omega, logsumexp, iterations, residual_norm) of constants.
         axis_name: Inside ``jax.shard_map``, the mesh axis, or tuple of mesh axes, over which the length of query, key
-            and value is divided, the earlier parts on the earlier devices; None where each device has whole sequences.
-            B, T and S are this device's then, in ridge, segments and mask too. But ``query_seq_lengths``,
+            and value is divided, the earlier parts on the earlier devices; None if each device has whole sequences.
+            B, T and S are then those of this device, in ridge, segments and mask too. But ``query_seq_lengths``,
             ``key_value_seq_lengths``, ``query_offset`` and ``local_window_size`` count along the whole, and a mask
             covers all keys: ``(B, N, T, S)`` with the whole S, or ``(B, N, 1, S)`` with the device's.
 
@@ -243,7 +250,7 @@ def lla_attention(
     o, residuals = _run(*_static_and_arrays(hiding, options, chosen, axes), query, key, value, ridge_lambda)
     if not return_residuals:
         return o
-    # which implementations keep finite, for jax_debug_infs
+    # the implementations keep it finite, for jax_debug_infs
     logsumexp = jnp.where(residuals.omega == 0, -jnp.inf, residuals.logsumexp)
     return o, residuals._replace(logsumexp=logsumexp)
 
@@ -271,11 +278,15 @@ def lla_attention_and_omega(
     implementation: Implementation | None = None,
     axis_name: AxisName | None = None,
 ) -> tuple[Output, Array]:
-    """The explicit form, ``flashlla``'s ``LLAFunction.apply`` with its argument order: ``(o, omega)``.
+    """``(o, omega)``, with the argument order of ``LLAFunction.apply`` in ``flashlla``.
 
-    The arguments are those of :func:`lla_attention`, and so are the errors. omega is the softmax normaliser
+    The arguments and the errors are those of :func:`lla_attention`. omega is the softmax normaliser
     ``sum_j exp(qk_scale q.k_j - max_j)``, shape ``(B, T)`` or ``(B, T, N)``, float32 (float64 for float64 inputs); it
-    is a constant under differentiation, as it is in ``flashlla``.
+    is a constant under differentiation, as in ``flashlla``.
+
+    Example::
+
+        o, omega = lla_attention_and_omega(q, k, v, 10.0)
     """
     o, residuals = lla_attention(
         query,
@@ -304,11 +315,11 @@ def lla_attention_and_omega(
 
 
 class _Static(NamedTuple):
-    """What of a call is known when it is traced."""
+    """The part of a call that is known when it is traced."""
 
     hiding: Hiding  # its numbers; its arrays are None
     options: Options
-    implementation: Implementation | None  # None for what fits the platform
+    implementation: Implementation | None  # None: Triton or XLA, by platform
     axes: Axes | None  # mesh axes over which the length is divided, inside of jax.shard_map
 
 
@@ -352,10 +363,14 @@ def _attend(
 
 
 def default_implementation() -> Implementation:
-    """What ``implementation=None`` stands for on JAX's default device: ``"triton"`` or ``"xla"``.
+    """The implementation that ``None`` means on JAX's default device: ``"triton"`` or ``"xla"``.
 
-    Calls that the Triton kernels cannot serve (float64, a head dimension over 256) are XLA's wherever they run, and so
-    is a program that was traced beside a GPU and is lowered for another platform.
+    XLA serves all calls that the Triton kernels cannot (float64, a head dimension over 256). It also serves a program
+    that was traced beside a GPU and is lowered for another platform.
+
+    Example::
+
+        assert default_implementation() in ("triton", "xla")
     """
     return "xla" if _no_triton() else "triton"
 

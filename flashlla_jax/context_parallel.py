@@ -1,12 +1,12 @@
-"""A length that is divided among devices, as each of them sees it: inside of ``jax.shard_map`` or of XLA's partitions.
+"""A length that is divided among devices, as one device sees it, inside ``jax.shard_map`` or one of XLA's partitions.
 
-Every solve is a query's own. So the queries stay where they are and K and V are gathered whole. What a device has of dk
-and dv, for all keys but from its own queries only, is added to the others' and scattered. Nothing is sent in between.
+Every solve belongs to one query. So the queries stay, and K and V are gathered whole. A device computes its queries'
+share of dk and dv, for all keys. The shares are added up and scattered. Nothing is sent in between.
 
-Under causality later queries see more keys, and equal parts of the queries are not equal work. Each device then works
-on two half-chunks of them: of 2n, device d computes the d-th and the d-th from the end, which for every d come to the
-same. They are exchanged before the work, and what comes out is exchanged back after it, so that outside everything lies
-as it came. The intervals of a visibility travel with their queries: what computes on them knows nothing of it.
+In a causal call later queries see more keys, so equal parts of the queries are not equal work. Each device then works
+on two of the 2n half-chunks of the queries: device d on the d-th and on the d-th from the end. That is the same work
+for every d. The half-chunks are exchanged before the work, and the results are exchanged back after it. Outside,
+everything lies as it came. The intervals of a visibility travel with their queries, so the pass itself does not notice.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from jaxtyping import Array
 
 from flashlla_jax.visibility import Hiding, Part, Visibility, visibility
 
-Axes = tuple[str, ...]  # mesh axes over which a length is divided, the first one outermost
+Axes = tuple[str, ...]  # the mesh axes that divide a length, the first one outermost
 
 
 def gathered(x: Array, axes: Axes) -> Array:
-    """The whole of an array of which each device has its part of axis 1, the length."""
+    """The whole array; each device has a part of axis 1, the length."""
     return lax.all_gather(x, axes, axis=1, tiled=True)
 
 
 def local_visibility(hiding: Hiding, queries: int, keys: int, axes: Axes) -> Visibility:
-    """What this device's queries see of all keys.
+    """The visibility of all keys by this device's queries.
 
     ``queries`` and ``keys`` are the device's own. Segment ids, and a mask of keys alone, may lie as the keys do.
     """
@@ -49,8 +49,8 @@ def local_visibility(hiding: Hiding, queries: int, keys: int, axes: Axes) -> Vis
 def over_length(run: Callable[..., Any], axes: Axes, *, backward: bool) -> Callable[..., Any]:
     """``run``, a forward or backward pass of some queries and all keys, for parts of both.
 
-    Its arguments are query, key, value, ridge and a ``Visibility`` of all keys, in the backward pass also what was
-    saved, and the cotangent. A forward pass gives arrays of the queries, a backward pass the four gradients.
+    Its arguments are query, key, value, ridge and a ``Visibility`` of all keys, in the backward pass also the
+    saved arrays and the cotangent. A forward pass gives arrays of the queries, a backward pass the four gradients.
     """
 
     def divided(query: Array, key: Array, value: Array, lam: Array, seen: Visibility, *rest: Any) -> Any:
@@ -74,7 +74,7 @@ def over_length(run: Callable[..., Any], axes: Axes, *, backward: bool) -> Calla
 
 
 def _query_side(seen: Visibility) -> dict[str, Array | None]:
-    """What of a visibility belongs to the queries, which are axis 1 then."""
+    """The arrays of a visibility that belong to the queries, with the queries as axis 1."""
     mask = None if seen.mask is None else jnp.moveaxis(seen.mask, 2, 1)
     return {"start": seen.start, "end": seen.end, "query_ids": seen.query_ids, "mask": mask}
 
@@ -113,7 +113,7 @@ class _Halves(NamedTuple):
         return self._over(tree, move)
 
     def _over(self, tree: Any, move: Callable[[list[Array], list[Array]], Any]) -> Any:
-        """``move`` of both halves of the arrays whose axis 1 is the queries; what has 1 there is left alone."""
+        """``move`` of both halves of the arrays whose axis 1 is the queries; arrays with 1 there stay as they are."""
         leaves, structure = jax.tree.flatten(tree)
         places = [i for i, x in enumerate(leaves) if x.shape[1] == self.queries]
         halves = zip(*(jnp.split(leaves[i], 2, axis=1) for i in places), strict=True)

@@ -13,7 +13,15 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from flashlla_jax import decode_xla, reference
-from flashlla_jax.arguments import Implementation, check_mask, check_number, check_precision, check_ridge, check_window
+from flashlla_jax.arguments import (
+    Implementation,
+    check_mask,
+    check_number,
+    check_precision,
+    check_ridge,
+    check_window,
+    explains_names_from_elsewhere,
+)
 from flashlla_jax.attention import Ridge, choose
 from flashlla_jax.decode_arguments import check_cache, check_lengths, check_starts
 from flashlla_jax.interface import Options, SolverOptions
@@ -23,6 +31,7 @@ from flashlla_jax.sharding import by_shard, divisible, varying_like
 from flashlla_jax.visibility import LARGEST_POSITION, Visibility, dense, first_and_last
 
 
+@explains_names_from_elsewhere
 def lla_decode(
     query: Float[Array, "B T N D"],
     key_cache: Float[Array, "B S K D"],
@@ -39,15 +48,19 @@ def lla_decode(
 ) -> Float[Array, "B T N Dv"]:
     """Local Linear Attention of the last 1 to 8 tokens of every row of a cache: one step of generation.
 
-    Gives what causal :func:`~flashlla_jax.lla_attention` over the written part of the cache gives for these tokens,
-    but solves exactly, in one pass over what they see. The tokens' own keys and values are in the cache already:
-    query t of row b has position ``lengths[b] - T + t`` and sees the keys at positions from ``starts[b]`` to its own,
-    less what the window and the mask hide. A query that sees no key has output zero and no gradient. What lies in the
-    cache where no query sees it counts for nothing, be it NaN.
+    The result is that of causal :func:`~flashlla_jax.lla_attention` over the written part of the cache, for these
+    tokens. The solve is exact, in one pass over the visible keys. Write the tokens' own keys and values to the cache
+    before the call: query t of row b has position ``lengths[b] - T + t``. It sees the keys at positions from
+    ``starts[b]`` to its own that the window and the mask do not hide. A query that sees no key has output zero and no
+    gradient. Positions of the cache that no query sees may hold NaN.
 
-    Differentiable once, in reverse mode, in query, caches and ridge; the gradient is computed by XLA everywhere. Works
-    under ``jax.jit``, ``jax.vmap``, ``jax.lax.scan`` and ``jax.shard_map``, and on meshes, with cache and tokens
-    sharded along the batch or the heads.
+    The function can be differentiated once, in reverse mode, in query, caches and ridge. XLA computes the gradient on
+    every platform. ``jax.jit``, ``jax.vmap``, ``jax.lax.scan`` and ``jax.shard_map`` work. So do meshes that divide
+    cache and tokens along the batch or the heads.
+
+    Example::
+
+        o = lla_decode(q, key_cache, value_cache, lengths)  # q: (B, 1, N, D), each row's last token
 
     Args:
         query: ``(B, T, N, D)``, T from 1 to 8. bfloat16, float16, float32 or float64.
@@ -55,12 +68,11 @@ def lla_decode(
             once. A dtype of the query's list, which may be another than the query's, or float8_e4m3fn or float8_e5m2.
         value_cache: ``(B, S, K, Dv)``, in the dtype of ``key_cache``.
         lengths: How many positions of each row are written, the tokens included: an int or an integer scalar for all
-            rows, or ``(B,)``. From 0 to S: what lies outside is an error where it is known, in Python or NumPy, and
-            NaN in the row's output elsewhere. Where it is less than T, the first queries have positions below 0 and
-            see no key.
+            rows, or ``(B,)``. From 0 to S. A value outside is an error if it is known (Python or NumPy), else the
+            row's output is NaN. If it is less than T, the first queries have positions below 0 and see no key.
         starts: ``(B,)`` integers, the first position of each row, for prompts that are padded on the left; None for 0.
         mask: Boolean, True where a key is visible: ``(B, T, S)`` or ``(B, N, T, S)``, with 1 in place of any axis.
-            Costs its own memory, and a search of it; prefer lengths, starts and window where they say the same.
+            It takes its own memory, and the kernel searches it. Prefer lengths, starts and window if they can say it.
         local_window_size: As in :func:`~flashlla_jax.lla_attention`.
         ridge_lambda: As in :func:`~flashlla_jax.lla_attention`; broadcasts to ``(B, T, N)``.
         qk_scale: As in :func:`~flashlla_jax.lla_attention`.
@@ -93,12 +105,12 @@ def lla_decode(
 
 
 class _Static(NamedTuple):
-    """What of a call is known when it is traced."""
+    """The part of a call that is known when it is traced."""
 
     window: tuple[int, int] | None
     qk_scale: float
     precision: lax.Precision
-    implementation: Implementation | None  # None for what fits the platform
+    implementation: Implementation | None  # None: Triton or XLA, by platform
 
 
 class _Call(NamedTuple):
@@ -180,7 +192,7 @@ _decode.defvjp(_decode_fwd, _decode_bwd)
 
 
 def _folding(static: _Static) -> Any:
-    """The call of an implementation; what ``jax.vmap`` maps is folded into the batch."""
+    """The call of an implementation; an axis that ``jax.vmap`` maps is folded into the batch."""
 
     @custom_vmap
     def run(call: _Call) -> Array:

@@ -1,4 +1,4 @@
-"""The arguments of ``lla_decode``: checked, as JAX arrays. What it shares with ``lla_attention`` is in arguments.py."""
+"""The arguments of ``lla_decode``: checked, as JAX arrays. arguments.py has those of ``lla_attention`` too."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
 
 
 def check_lengths(lengths: Any, query: Array, key: Array) -> Any:
-    """``lengths`` as int32, a scalar or ``(B,)``; what is known to be out of range is refused."""
+    """``lengths`` as int32, a scalar or ``(B,)``; a known value out of range is refused."""
     name, capacity = "lengths", key.shape[1]
     if isinstance(lengths, int) and not isinstance(lengths, bool):
         lengths = np.asarray(operator.index(lengths))

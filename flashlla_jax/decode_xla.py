@@ -9,7 +9,7 @@ which is the operator's centred form with the regression written out. A few quer
 conjugate-gradient step between, while the covariances of each need the cache only once.
 
 The cache is read in blocks, from the first that some query sees to the last. Each block's means and covariances,
-centred on the block's own mean, are merged with what came before by the update of Chan, Golub and LeVeque (1979), so
+centred on the block's own mean, are merged with the blocks before by the update of Chan, Golub and LeVeque (1979), so
 nothing is lost to the cancellation of ``E[kk] - E[k]E[k]`` where a few keys hold the weight. Keys are taken relative to
 an origin among them, so that nothing is lost to a large common offset either.
 """
@@ -96,7 +96,7 @@ def solve(
 
     Large keys, or a ridge that is small beside their covariance, leave a matrix that rounding may have made indefinite.
     Scaled to a unit diagonal its entries are off by their rounding, so D times that on the diagonal makes it definite
-    again. What this changes in directions that rounding has not swallowed, two steps of iterative refinement restore.
+    again. Two steps of iterative refinement restore the directions that rounding has not swallowed.
     """
     dim = m.shape[-1]
     rounding = 2 * dim * float(jnp.finfo(m.dtype).eps)
@@ -144,7 +144,7 @@ def _moments(
     *,
     reversible: bool,
 ) -> _Moments:
-    """The statistics of what each query sees, by a loop over the blocks that some query sees.
+    """The statistics of each query's visible keys, by a loop over the blocks that some query sees.
 
     Its length is known at run time only; ``reversible``: by one over all blocks, which skips the others.
     """

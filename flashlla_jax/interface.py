@@ -1,4 +1,4 @@
-"""What every implementation is given and gives back.
+"""The arguments and the results of every implementation.
 
 An implementation works on the canonical layout: query ``(B, T, N, D)``, key ``(B, S, K, D)``, value ``(B, S, K, Dv)``,
 ridge_lambda ``(B, T, N)`` in the accumulation dtype, with K dividing N, and a ``Visibility`` that says which keys a
@@ -20,7 +20,7 @@ class SolverOptions:
 
     Attributes:
         atol: floor of the squared right-hand side that ``rtol`` multiplies; None for 0.
-        rtol: relative tolerance of the squared residual; None for what fits dtype and precision.
+        rtol: relative tolerance of the squared residual; None for the value that fits dtype and precision.
         max_iters: the most steps of a solve.
         use_preconditioner: whether to precondition with the diagonal of A (Jacobi).
     """
@@ -33,7 +33,7 @@ class SolverOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """The static options of one call; hashable, since they are part of what JAX traces."""
+    """The static options of one call; hashable, since they are part of the trace."""
 
     qk_scale: float
     delta_eps: float
@@ -42,7 +42,7 @@ class Options:
 
 
 class Residuals(NamedTuple):
-    """What the forward pass knows beside its output, one number per query and head; constants under differentiation.
+    """What the solves of a call did: one number per query and head, constants under differentiation.
 
     The arrays have shape ``(B, S)`` for rank-3 inputs and ``(B, T, N)`` for rank-4 inputs. Floating ones are float32
     (float64 for float64 inputs).

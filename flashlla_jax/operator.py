@@ -1,15 +1,15 @@
 """The operator: two primitives, the forward and the backward pass, paired by ``jax.custom_vjp``.
 
-A program that is traced once may be lowered for any platform. Each primitive is lowered for CUDA to the Triton kernels
-and for everything else to blockwise XLA, unless a named implementation says otherwise. The kernels' side is traced when
-the primitive is bound, and its jaxpr is a parameter of the primitive: JAX then knows what comes out, and finds in it
-the rule by which XLA may divide the call among devices.
+A program that is traced once may be lowered for any platform. Each primitive is lowered to the Triton kernels for CUDA
+and to blockwise XLA for every other platform, unless the call names an implementation. The kernels' side is traced when
+the primitive is bound, and its jaxpr is a parameter of the primitive. From it JAX knows the results, and the rule by
+which XLA may divide the call among devices.
 
-Where a call may be lowered for either, what is kept for the backward pass is what the kernels keep. The XLA path, the
-exception in a program that was traced beside a GPU, leaves it empty and runs the forward pass again.
+If a call may be lowered for either platform, it keeps for the backward pass the arrays that the kernels keep. The XLA
+path leaves them empty and runs the forward pass again: it is the exception in a program that was traced beside a GPU.
 
-Under ``jax.vmap`` a new axis is folded into the batch. Where the length is divided among devices, what a primitive
-stands for gathers the keys and scatters their gradients itself (context_parallel.py).
+Under ``jax.vmap`` a new axis is folded into the batch. If the length is divided among devices, the function behind the
+primitive gathers the keys and scatters their gradients (context_parallel.py).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def attend(
         visibility: which keys each query sees.
         options: the static options.
         only: an implementation for every platform; None for Triton on CUDA and XLA elsewhere.
-        plan: what the kernels are launched with, from ``kernels.plan.plan_for``; None for what fits this machine.
+        plan: the launch of the kernels, from ``kernels.plan.plan_for``; None for the plan that fits this machine.
         axes: inside of ``jax.shard_map``, the mesh axes over which T and S are divided; the visibility is that of this
             device's queries, of all keys.
     """
@@ -104,8 +104,8 @@ def _attend_bwd(call: _Call, kept: Any, cotangents: Any) -> tuple[Any, ...]:
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-# What a primitive stands for, as a function of its arrays. One function for each static call, so that JAX traces it
-# once for each shape.
+# The function behind a primitive, of its arrays. There is one for each static call, so JAX traces it once for each
+# shape.
 
 
 @cache
@@ -121,7 +121,7 @@ def _blockwise(primitive: Primitive, call: _Call) -> Any:
 
 
 def _divided(run: Callable[..., Any], primitive: Primitive, call: _Call) -> Callable[..., Any]:
-    """``run`` on the arrays of a call, or on what of them a device has."""
+    """``run`` on the arrays of a call, or on one device's part of them."""
     backward = primitive is _backward_p
     lengthwise = partial(over_length, run, backward=backward)
     placed = divisible(run, lengthwise, (1, 2) if backward else ()) if call.axes is None else lengthwise(call.axes)
@@ -156,7 +156,7 @@ def _blockwise_backward(*given: Any, call: _Call) -> Any:
 
 
 def _shown(query: Array, key: Array, value: Array, lam: Array, seen: Visibility, *rest: Any) -> tuple[Any, ...]:
-    """The arguments of a pass without what is hidden, where it could do harm: NaN would outlive a weight of 0."""
+    """The arguments of a pass, without the hidden values that could do harm: NaN would outlive a weight of 0."""
     if seen.complete:
         return query, key, value, lam, seen, *rest
     sees = seeing_queries(seen, key.shape[1])
@@ -200,7 +200,7 @@ def _batched(
     fold = partial(folded, size, batch)
 
     def fold_all(arrays: Any, is_mapped: Any) -> Any:
-        """Of a visibility: what one serves the whole batch still does, if nothing beside it has become the batch's."""
+        """For a visibility: arrays that serve the whole batch still do, if none beside them is mapped."""
         of_one = all(x.shape[0] == 1 for x in jax.tree.leaves(arrays)) and not any(jax.tree.leaves(is_mapped))
         return arrays if of_one else jax.tree.map(fold, arrays, is_mapped)
 
@@ -217,7 +217,7 @@ def _batched(
 
 
 def folded(size: int, batch: int, x: Array, is_mapped: bool) -> Array:
-    """The new axis, of ``size``, folded into the batch in front of which it is; a batch of 1 stands for all."""
+    """The new axis, of ``size``, folded into the batch behind it; a batch of 1 stands for all."""
     x = x if is_mapped else x[None]
     x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
     return x.reshape(size * batch, *x.shape[2:])
@@ -255,7 +255,7 @@ def _push(
 ) -> list[Array]:
     """The tangents of the floating results, for primals and the tangents of those that move.
 
-    Not of the jaxpr itself: what XLA is told to divide cannot be differentiated.
+    It does not differentiate the jaxpr itself: a call that XLA is told to divide cannot be differentiated.
     """
     count = len(jaxpr.in_avals)
     primals, tangents = flat[:count], flat[count:]
@@ -273,7 +273,7 @@ def _push(
 
 
 def _tangent_primitive() -> Primitive:
-    """``_push``, as what says clearly that it cannot be transposed: XLA's loops do not run backwards."""
+    """``_push`` as a primitive, whose error says that it cannot be transposed: XLA's loops do not run backwards."""
     made = _named("lla_tangent")
     made.def_abstract_eval(lambda *_, jaxpr, **__: [x for x in jaxpr.out_avals if _is_float(x)])
     mlir.register_lowering(made, _lowering(_push))

@@ -76,14 +76,14 @@ def _of_mask(key: Array, seen: Visibility, rows: int) -> Array:
 
 
 def _blocks(x: Array, rows: int) -> Array:
-    """(B, T) -> (B, I, rows), padded with the last query, which changes neither what all see nor what some do."""
+    """(B, T) -> (B, I, rows), padded with the last query: so the keys that all or some see are the same."""
     count = -(-x.shape[1] // rows)
     x = jnp.pad(x, [(0, 0), (0, count * rows - x.shape[1])], mode="edge")
     return x.reshape(x.shape[0], count, rows)
 
 
 def _window(first: Int[Array, "#B I"], keys: int) -> tuple[Int[Array, "#B I few"], Int[Array, "#B I few"]]:
-    """Positions from ``first`` on, and the same cut to what there is."""
+    """Positions from ``first`` on, and the same, cut to the positions that exist."""
     place = first[..., None] + jnp.arange(_FEW, dtype=jnp.int32)[None, None]
     return place, jnp.minimum(place, keys - 1)
 

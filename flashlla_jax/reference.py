@@ -52,7 +52,7 @@ def _weights(q: Array, k: Array, seen: Visibility, options: Options) -> tuple[Ar
 def _canonical(
     query: Array, key: Array, value: Array, ridge_lambda: Array, seen: Visibility
 ) -> tuple[Array, Array, Array, Array]:
-    """Heads first, in the accumulation dtype, without what nothing may depend on."""
+    """Heads first, in the accumulation dtype, without the values that no result may depend on."""
     dtype = accumulation_dtype(query.dtype)
     if not seen.complete:
         query, key, value = without_hidden(query, key, value, seen)
@@ -73,7 +73,7 @@ def _regression(p: Array, k: Array, lam: Array) -> tuple[Array, Array, Array]:
 
 
 def _damping(total: Array, m: Array, x: Array, options: Options) -> Array:
-    """What ``delta_eps`` multiplies the output by; the paper's denominator is ``total / (1 + m.x)``."""
+    """The factor by which ``delta_eps`` changes the output; the paper's denominator is ``total / (1 + m.x)``."""
     return total / (total + options.delta_eps * (1 + jnp.sum(m * x, axis=-1)))
 
 

@@ -1,9 +1,9 @@
 """Calls on several devices: each computes the batch entries, the heads and the queries that it holds.
 
-Batch entries and heads need nothing of each other. Where the length is divided, ``context_parallel.py`` says what the
-devices send. Inside ``jax.shard_map`` a call tells over which mesh axes that is; JAX then wants to know of every array
-over which axes it varies. On a mesh with explicit axes the call goes through ``jax.shard_map``. On one with automatic
-axes XLA is told how to divide it.
+Batch entries and heads are independent. If the length is divided, ``context_parallel.py`` sends keys and gradients.
+Inside ``jax.shard_map`` the call names the mesh axes that divide the length, and JAX asks over which axes each array
+varies. On a mesh with explicit axes the call goes through ``jax.shard_map``. On a mesh with automatic axes XLA is told
+how to divide the call.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def by_shard(
     *,
     lengthwise: bool = False,
 ) -> Any:
-    """``attend`` of the canonical call, run where the arrays lie if a mesh with explicit axes says where.
+    """Runs ``attend`` of the canonical call. On a mesh with explicit axes each device computes its part.
 
-    ``hiding`` holds arrays, or pairs of them of which the first is the queries', whose axis 0 is the batch (or 1, or
-    missing) and, of the mask, axis 1 the heads (or 1) and axis 2 the queries (or 1).
+    ``hiding`` holds arrays, or pairs of them, the queries' first. Axis 0 is the batch (or 1, or missing). Of the mask,
+    axis 1 is the heads (or 1) and axis 2 the queries (or 1).
 
-    With ``lengthwise`` the length may be divided. ``attend`` then has the mesh axes that it lies over as a last
-    argument, None where it is whole; keys and values are divided as the query is.
+    With ``lengthwise`` the length may be divided. ``attend`` then has one more argument at the end: the mesh axes that
+    divide the length, or None. Keys and values are divided as the query is.
     """
 
     def local(query: Array, key: Array, value: Array, lam: Array, hiding: dict[str, Any]) -> Any:
@@ -137,7 +137,7 @@ def _check_division(mesh: Any, axes: _Axes, key: Array) -> None:
 
 
 def names(axes: Any) -> tuple[str, ...] | None:
-    """The mesh axes of an entry of a PartitionSpec; None where there is none."""
+    """The mesh axes of an entry of a PartitionSpec; None if there is none."""
     return axes if axes is None or isinstance(axes, tuple) else (axes,)
 
 
@@ -158,10 +158,10 @@ class _Places(NamedTuple):
 
 
 class _Sides(NamedTuple):
-    """What the places of a call's arrays depend on."""
+    """The sizes that decide which axis of an array is which."""
 
     batch: int
-    queries: int | None  # how many; None where the length stays whole
+    queries: int | None  # how many; None if the length stays whole
     key_results: tuple[int, ...]
 
     def of_given(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -211,13 +211,13 @@ def divisible(
     over_length: Callable[[tuple[str, ...]], Callable[..., Any]] | None = None,
     key_results: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
-    """``run``, opaque to XLA, as what XLA may divide by batch, heads and length on a mesh with automatic axes.
+    """``run``, which XLA may divide by batch, heads and length on a mesh with automatic axes, though it is opaque.
 
-    Its first arguments are query, key and value, one may be a ``Visibility``; of all its other arrays, in and out, axis
-    0 is the batch, and axis 2 the heads, the key/value heads, or 1. ``over_length`` makes of mesh axes what computes a
-    part of the length: of all arrays axis 1 is then the queries (or 1), but of key, value and those of the results that
-    ``key_results`` numbers the keys. Without it the length stays whole. A length of queries or keys that does not
-    divide evenly stays whole too. On one device nothing changes: ``run`` is lowered as it is.
+    The first arguments of ``run`` are query, key and value, and one may be a ``Visibility``. Of all other arrays, in
+    and out, axis 0 is the batch, and axis 2 the heads, the key/value heads, or 1. ``over_length(mesh axes)`` gives the
+    function that computes a part of the length. Axis 1 is then the queries (or 1), for key, value and the results that
+    ``key_results`` numbers the keys. Without ``over_length`` the length stays whole, and so does a length of queries
+    or keys that does not divide evenly. On one device nothing changes: ``run`` is lowered as it is.
     """
 
     def sides(query: Any) -> _Sides:
@@ -243,7 +243,7 @@ def divisible(
     def call(*arrays: Any) -> Any:
         if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
             return run(*arrays)  # inside jax.shard_map it is divided already
-        divided = custom_partitioning(lambda *arrays: run(*arrays))  # which would fill in a partial's keywords
+        divided = custom_partitioning(lambda *arrays: run(*arrays))  # it would fill in a partial's keywords
         rule = partial(_rule, sides(arrays[0]), jax.tree.structure(arrays))
         divided.def_partition(partition, sharding_rule=rule)
         return divided(*arrays)

@@ -24,7 +24,7 @@ LARGEST_POSITION = 2**29
 # So many keys a query, at the most, are few: see Visibility.few_keys.
 _FEW_KEYS = 1024
 
-# Ids of what is hidden whatever the interval says; those of segments are counted from 0.
+# Ids of tokens that are hidden whatever the interval says. Ids of segments count from 0.
 _HIDDEN_KEY, _HIDDEN_QUERY = -1, -2
 
 
@@ -48,7 +48,7 @@ class Visibility:
         uneven: whether later queries may well see more keys than earlier ones: of a length that is divided, equal
             parts are not equal work then.
         few_keys: whether queries are known to see few keys (a short call, a window) or likely to (packed documents).
-            Says nothing of what is visible: the kernels are launched otherwise.
+            It does not change what is visible, only how the kernels are launched.
     """
 
     start: Int[Array, "#B T"]
@@ -87,7 +87,7 @@ class Part(NamedTuple):
 
 
 def visibility(hiding: Hiding, queries: int, keys: int, part: Part | None = None) -> Visibility:
-    """The visibility of ``queries`` by ``keys``, in memory linear in both but for the mask's own.
+    """The visibility of ``queries`` by ``keys``, in memory linear in both, except for the mask.
 
     Of a part of the queries the query sides of segments and mask are the part's own, and so are those that come out.
     """
@@ -176,7 +176,7 @@ def _made(
 
 
 def _as_positions(x: Array) -> Array:
-    """Integers of any dtype as int32, cut to what a position can be."""
+    """Integers of any dtype as int32, cut to the range of positions."""
     if jnp.issubdtype(x.dtype, jnp.unsignedinteger) and x.dtype.itemsize >= 4:
         x = jnp.minimum(x, LARGEST_POSITION)
     elif x.dtype.itemsize >= 4:
@@ -201,7 +201,7 @@ def first_and_last(seen: Array) -> tuple[Array, Array]:
 def _within_segments(
     start: Array, end: Array, segment_ids: tuple[Array, Array] | None, key_mask: Array | None
 ) -> tuple[Array, Array, tuple[Array, Array, Array]]:
-    """The tightest intervals that hold what is visible, and ``(query_ids, key_ids, contiguous)``.
+    """The tightest intervals that hold all visible keys, and ``(query_ids, key_ids, contiguous)``.
 
     All keys and, for every query, the two ends of its interval are sorted by segment and position. The keys that a
     query sees are then those between its ends, in whatever order the segments came.
@@ -249,7 +249,7 @@ def _taken(x: Array, index: Array) -> Array:
 
 
 def _put(index: Array, x: Array, size: int) -> Array:
-    """(B, size), ``x[b, i]`` at ``index[b, i]``, which are unique; what is beyond the end is dropped."""
+    """(B, size), ``x[b, i]`` at ``index[b, i]``, which are unique; an index beyond the end is dropped."""
     return jax.vmap(lambda index, x: jnp.zeros(size, x.dtype).at[index].set(x, mode="drop"))(index, x)
 
 

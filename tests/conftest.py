@@ -16,7 +16,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)  # for test_sharding.py; the others use the first
 
-# run by test_interpreted.py, in a process where Triton interprets
+# Triton interprets from its import on: these tests are run alone, with TRITON_INTERPRET=1
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
@@ -39,13 +39,16 @@ def _program(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """GPU tests run when they are asked for by marker, and only then; those of one program in one process.
+    """What shares a program or a fixture goes to one process (``--dist loadgroup``); GPU tests run only by ``-m gpu``.
 
-    So that what Triton compiles, half a minute for some, is compiled once: ``-n 8 --dist loadgroup``.
+    So a program is compiled once, which takes half a minute for some. The classes of shared cases are long and their
+    programs are many, so they are divided by program. All other tests of a file stay together.
     """
-    if _asks_for_a_gpu(config):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(_program(item)))
+    of_a_gpu = _asks_for_a_gpu(config)
+    for item in items:
+        alone = of_a_gpu or getattr(item, "cls", None) is not None
+        item.add_marker(pytest.mark.xdist_group(_program(item) if alone else str(item.path)))
+    if of_a_gpu:
         return
     skip = pytest.mark.skip(reason="needs a GPU: run with -m gpu")
     for item in items:

@@ -36,23 +36,22 @@ def attention_fn(
 
     An existing model switches to Local Linear Attention without a new module or new parameters::
 
-        nnx.MultiHeadAttention(num_heads=8, in_features=512, attention_fn=attention_fn(ridge_lambda=1.0), rngs=rngs)
-        nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=attention_fn(ridge_lambda=1.0))
+        nnx.MultiHeadAttention(num_heads=8, in_features=512, attention_fn=attention_fn(), rngs=rngs)
+        nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=attention_fn())
 
-    The function honours the module's ``mask``, ``dtype`` and ``precision``, and works with its ``decode=True``. It
-    refuses what Local Linear Attention has no counterpart of: a bias, dropout on the weights, sowing the weights. Two
-    functions of the same settings are equal, an array being the same as itself only.
+    The function uses the module's ``mask``, ``dtype`` and ``precision``, and works with its ``decode=True``. It
+    refuses a bias, dropout on the weights and sowing the weights: Local Linear Attention does not have them. Two
+    functions with the same settings are equal. An array equals only itself.
 
     Flax's modules cannot pass segments and lengths on, so these are bound to the function, for calls of their shapes.
     Arrays that differ from call to call need a function made in the traced call, with a Linen module around it; the
     module's ``mask`` and :class:`flashlla_jax.LLAttention` have them as arguments of the call.
 
     Args:
-        arrays: None; what a module passes where the parentheses were forgotten.
+        arrays: None. A module passes them if the parentheses were forgotten.
         ridge_lambda: The ridge, > 0, as in :func:`flashlla_jax.lla_attention`.
-        is_causal: Whether attention is causal even where the module does not ask for it. Flax's modules are not causal
-            by themselves, and so neither is this; a causal model that says so here rather than with a mask saves the
-            (T, S) mask.
+        is_causal: Whether attention is causal even if the module does not ask for it. Flax's modules are not causal by
+            default, so this is not. A causal model that says so here needs no (T, S) mask.
         local_window_size: As in :func:`flashlla_jax.lla_attention`. Not with the modules' ``decode=True``, which does
             not tell the function where the token is.
         segment_ids: ``[batch..., length]`` integers for queries and keys, or a pair ``([batch..., T], [batch..., S])``,
@@ -68,7 +67,7 @@ def attention_fn(
         others: None.
 
     Returns:
-        The function. It raises NotImplementedError for what it refuses.
+        The function. It raises NotImplementedError if it refuses an argument.
 
     Raises:
         TypeError: An argument is not one of these, or of the wrong type.
@@ -113,8 +112,10 @@ def _check_segments(segment_ids: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class AttentionFn:
-    """What :func:`attention_fn` returns: a value, so that models made alike are alike to ``jit``, ``tree.map`` and
-    ``pickle``. Its fields are arguments of ``lla_attention``."""
+    """The function that :func:`attention_fn` returns. Its fields are arguments of ``lla_attention``.
+
+    It is a value: two models that are made with the same settings are equal for ``jit``, ``tree.map`` and ``pickle``.
+    """
 
     ridge_lambda: Ridge
     is_causal: bool
@@ -170,7 +171,7 @@ class AttentionFn:
         """Attention as ``nnx.dot_product_attention`` and Linen's have it.
 
         Raises:
-            NotImplementedError: What Local Linear Attention has no counterpart of is asked for, or a window or query
+            NotImplementedError: An argument has no counterpart in Local Linear Attention, or a window or query
                 lengths for one query and several keys, which is how Flax's modules decode.
         """
         if bias is not None:

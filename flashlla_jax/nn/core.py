@@ -1,8 +1,8 @@
-"""From projected queries, keys and values to the heads' output: what the NNX and the Linen module have in common.
+"""From projected queries, keys and values to the heads' output: the part that the NNX and the Linen module share.
 
-A module makes its projections and parameters and hands them to ``forward``, or with a cache to ``decode``, with its
-``Settings``. Here they are promoted and rotated, batch axes are folded, and the operator or the decode step is called.
-The ``check_*`` functions refuse what neither module can serve, in the words of both.
+A module makes its projections and parameters. It hands them to ``forward``, or with a cache to ``decode``, with its
+``Settings``. This file promotes and rotates them, folds the batch axes, and calls the operator or the decode step. The
+``check_*`` functions refuse the arguments that neither module can serve.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Settings:
     """The static side of a module's attention; the arguments of ``lla_attention`` have its names and meaning.
 
     Attributes:
-        dtype: What query, key and value are promoted to; None to infer it from them.
+        dtype: The dtype to which query, key and value are promoted; None to infer it from them.
         rope: Base of the rotary position embedding, or None for none.
         local_window_size: (left, right), or None for no window.
     """
@@ -61,7 +61,7 @@ class Settings:
     local_window_size: tuple[int, int] | None
 
     def check(self, head_dim: int) -> None:
-        """Refuse, when a module is built, what would only fail in its first call."""
+        """Refuse now, when a module is built, settings that would fail in its first call."""
         check_operator(self.cg_max_iters, self.implementation)
         if isinstance(self.rope, bool) or (self.rope is not None and not self.rope > 0):
             raise ValueError(f"rope must be None or the base of the rotary embedding, > 0, got {self.rope!r}")
@@ -81,7 +81,7 @@ class Cache(NamedTuple):
 
 
 def check_operator(cg_max_iters: Any, implementation: Any) -> None:
-    """What ``lla_attention`` refuses in every call."""
+    """Settings that ``lla_attention`` refuses in every call."""
     if cg_max_iters is not None:
         check_count("cg_max_iters", cg_max_iters)
     check_implementation(implementation)
@@ -123,7 +123,7 @@ def check_sow_weights(sow_weights: bool) -> None:
     if sow_weights:
         raise NotImplementedError(
             "sow_weights must be False: the attention weights are never formed. "
-            "lla_attention(..., return_residuals=True) tells what is known of each query's solve"
+            "lla_attention(..., return_residuals=True) shows how each query's solve went"
         )
 
 
@@ -134,7 +134,7 @@ def check_no_cache(**given: Any) -> None:
 
 
 def check_hiding_with_cache(**hiding: Any) -> None:
-    """Refuse what a call with a cache has no meaning for: its tokens continue one document, all of which is there."""
+    """Refuse arguments without meaning for a cache: its tokens continue one document, and nothing of it is missing."""
     for name, given in hiding.items():
         if given is not None:
             raise NotImplementedError(
@@ -182,7 +182,7 @@ def check_heads(num_heads: int, num_kv_heads: int | None) -> int:
 
 
 def keys_and_values(inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None) -> tuple[Array, Array]:
-    """What keys and values are made of, by Flax's defaults."""
+    """The inputs of keys and values, by Flax's defaults."""
     if inputs_k is None and inputs_v is not None:
         raise ValueError("inputs_v needs inputs_k; keys and values from one array are inputs_k alone")
     inputs_k = inputs_q if inputs_k is None else inputs_k
@@ -306,7 +306,7 @@ def decode(
     starts: Any = None,
     lengths: Any = None,
 ) -> tuple[Float[Array, "*batch T N D"], Cache]:
-    """Append T tokens to the cache and attend from them: what a causal forward pass gives at their positions.
+    """Append T tokens to the cache and attend from them. Gives what a causal forward pass gives at their positions.
 
     Few tokens take ``lla_decode``, to which ``cg_*`` do not apply; more, or ``lengths``, take ``lla_attention``.
 
@@ -315,7 +315,7 @@ def decode(
         query: The new tokens'.
         key: The new tokens'.
         value: The new tokens'.
-        cache: What is there before them.
+        cache: The cache before them.
         ridge_lambda: As in ``lla_attention``.
         is_causal: Must be True.
         mask: Broadcastable to ``[*batch, N, T, S]``, S being the cache's capacity.
@@ -350,7 +350,7 @@ def decode(
         query, key = (_rotate(settings, x, positions) for x in (query, key))
 
     sound = (first >= 0) & (first + new <= capacity)
-    # what is negative stays so: the positions before the first were never written
+    # a negative position stays negative: positions before the first were never written
     cache = Cache(
         _append(cache.key, key, first, lengths),
         _append(cache.value, value, first, lengths),
@@ -365,7 +365,7 @@ def decode(
 
 
 class _Seen(NamedTuple):
-    """What says what the tokens of a call with a cache see."""
+    """Everything that decides which keys the tokens of a call with a cache see."""
 
     first: Int[Array, "*batch"]  # the position of the first token
     lengths: Int[Array, "*batch"] | None
@@ -391,7 +391,7 @@ def _check_tokens(query: Array, key: Array, value: Array, cache: Cache) -> None:
 
 
 def _check_room(cache: Cache, new: Any, length: int) -> None:
-    """Refuse what is known to overrun the cache."""
+    """Refuse tokens that are known to overrun the cache."""
     capacity = cache.key.shape[-3]
     known = not isinstance(cache.filled, Tracer)
     used = np.asarray(cache.filled) if known else np.zeros((), np.int32)
@@ -463,7 +463,7 @@ def _few_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: An
 
 
 def _many_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: Any, seen: _Seen) -> Array:
-    """The last tokens of the cache by the operator, in linear memory but for a mask that is given."""
+    """The last tokens of the cache by the operator, in linear memory, except for a mask."""
     *batch, length, heads, _ = query.shape
     capacity = cache.key.shape[-3]
     mask = None if seen.mask is None else _fold_mask(seen.mask, (*batch, heads, length, capacity))
@@ -516,7 +516,7 @@ def _fold(x: Array) -> Array:
 
 
 def _fold_batch(name: str, x: Any, batch: tuple[int, ...], *length: int) -> Any:
-    """[*batch] -> (B,), or with a length [*batch, L] -> (B, L). NumPy's stay NumPy's, whose values are checked."""
+    """[*batch] -> (B,), or with a length [*batch, L] -> (B, L). NumPy arrays stay so: their values are checked."""
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         return x  # refused by lla_attention
     if x.shape != (*batch, *length):
@@ -535,12 +535,19 @@ def _fold_segments(segment_ids: Any, batch: tuple[int, ...], queries: int, keys:
 
 
 def _visible(mask: Any) -> Array:
-    """A boolean mask from one of Flax's, whose makers give float32 zeros and ones."""
+    """A boolean mask from one of Flax's. Flax's mask makers give float32 zeros and ones."""
     if not hasattr(mask, "shape") or not hasattr(mask, "dtype"):
         raise TypeError(f"mask must be an array, got {type(mask).__name__}")
     mask = jnp.asarray(mask)
     if not any(jnp.issubdtype(mask.dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)):
         raise TypeError(f"mask must be boolean, or numbers of which nonzero means visible, got dtype {mask.dtype}")
+    # a mask that is added to logits, taken for a boolean one, would show the keys that it hides
+    known = mask.dtype != jnp.bool_ and not isinstance(mask, Tracer) and mask.is_fully_addressable
+    if known and bool((mask < 0).any()):
+        raise ValueError(
+            "mask must be boolean, or numbers of which nonzero means visible, got negative numbers. For a mask that is "
+            "added to the logits, with 0 where a key is visible, pass mask == 0"
+        )
     return mask.astype(bool)
 
 

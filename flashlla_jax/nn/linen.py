@@ -34,8 +34,9 @@ class LLAttention(nn.MultiHeadDotProductAttention):
         ridge_lambda: The ridge, a number > 0; the initial value where it is learned.
         learn_ridge: Whether every head learns its ridge, ``ridge_floor + softplus(raw_ridge)``; the parameter
             ``raw_ridge``, ``(num_heads,)``, should be left out of weight decay.
-        ridge_floor: What a learned ridge stays above, > 0 and < ``ridge_lambda``.
+        ridge_floor: The lower bound of a learned ridge, > 0 and < ``ridge_lambda``.
         rope: Base of a rotary position embedding of queries and keys, applied after ``normalize_qk``; None for none.
+            It turns feature i together with feature i + head_dim / 2 (half-split).
         qk_scale: As in :func:`flashlla_jax.lla_attention`, and so are the following.
         cg_atol: See :func:`flashlla_jax.lla_attention`.
         cg_rtol: See :func:`flashlla_jax.lla_attention`.
@@ -82,8 +83,8 @@ class LLAttention(nn.MultiHeadDotProductAttention):
 
         Args:
             inputs_q: Any number of batch axes, none included.
-            inputs_k: What the keys are made of; None for ``inputs_q``.
-            inputs_v: What the values are made of; None for ``inputs_k``.
+            inputs_k: Inputs of the keys; None for ``inputs_q``.
+            inputs_v: Inputs of the values; None for ``inputs_k``.
             inputs_kv: Flax's old name for ``inputs_k`` without ``inputs_v``.
             mask: As in :class:`flashlla_jax.LLAttention`.
             deterministic: Without effect, as in Flax without dropout.
@@ -101,8 +102,8 @@ class LLAttention(nn.MultiHeadDotProductAttention):
 
         Raises:
             ValueError: A shape does not fit, a number is out of range, or the cache is overrun.
-            TypeError: An array is not one or not of what it must be, the ridge is not a number, or the window not ints.
-            NotImplementedError: What cannot be served is asked for.
+            TypeError: An array has the wrong type or dtype, the ridge is not a number, or the window is not ints.
+            NotImplementedError: The module cannot serve an argument.
         """
         core.check_dropout(self.dropout_rate)
         core.check_attention_fn(self.attention_fn)

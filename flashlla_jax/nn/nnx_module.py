@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -22,10 +22,10 @@ class LLAttention(nnx.MultiHeadAttention):
     """Local Linear Attention with the parameters, the arguments and the cache of ``flax.nnx.MultiHeadAttention``.
 
     ``nnx.MultiHeadAttention(num_heads=..., in_features=..., rngs=...)`` can be replaced by ``LLAttention`` with the
-    same arguments, and its checkpoints load. New are the arguments from ``is_causal`` on. Attention is causal unless
-    ``is_causal=False``, and dropout on the weights, ``sow_weights`` and another ``attention_fn`` are refused: Local
-    Linear Attention has no weights to drop or to show. Encoder-decoder cross-attention needs ``is_causal=False``: by
-    default, where ``inputs_k`` is longer than ``inputs_q``, the last query is aligned with the last key.
+    same arguments, and its checkpoints load. The arguments from ``is_causal`` on are new. Attention is causal unless
+    ``is_causal=False``. Dropout on the weights, ``sow_weights`` and another ``attention_fn`` are refused: Local Linear
+    Attention has no weights to drop or to show. Cross-attention to an encoder needs ``is_causal=False``: by default
+    the last query is aligned with the last key.
 
     Example::
 
@@ -43,8 +43,9 @@ class LLAttention(nnx.MultiHeadAttention):
         out: Projection of the heads, kernel ``(num_heads, head_dim, out_features)``.
         query_ln: LayerNorm of the queries with ``normalize_qk``, else None.
         key_ln: LayerNorm of the keys with ``normalize_qk``, else None.
-        raw_ridge: With ``learn_ridge`` the parameter ``(num_heads,)`` of which the ridge is
-            ``ridge_floor + softplus(raw_ridge)``, else None. Leave it out of weight decay.
+        raw_ridge: With ``learn_ridge`` the parameter ``(num_heads,)``; the ridge is
+            ``ridge_floor + softplus(raw_ridge)``. Else None. Leave it out of weight decay.
+        ridge: The ridge in use: the fixed number, or the learned ones, ``(num_heads,)``.
         cached_key: ``nnx.Cache``, ``[batch..., capacity, num_kv_heads, head_dim]``, or None before ``init_cache``.
         cached_value: ``nnx.Cache``, shaped as ``cached_key``.
         cache_index: ``nnx.Cache``, int32: positions filled so far; a scalar, or ``[batch...]`` after
@@ -146,10 +147,11 @@ class LLAttention(nnx.MultiHeadAttention):
                 ``i - left`` to ``i + right``, with a cache too. An int w is ``(w, w)``; None for no window.
             ridge_lambda: The ridge, a number > 0, in units of the squared key; the initial value where it is learned.
             learn_ridge: Whether every head learns its ridge, ``ridge_floor + softplus(raw_ridge)``.
-            ridge_floor: What a learned ridge stays above, > 0 and < ``ridge_lambda``. 0.01 is the smallest ridge for
+            ridge_floor: The lower bound of a learned ridge, > 0 and < ``ridge_lambda``. 0.01 is the smallest ridge for
                 which the solves were measured.
             rope: Base of a rotary position embedding (10000.0, usually) of queries and keys, applied after
-                ``normalize_qk``; None for none.
+                ``normalize_qk``; None for none. It turns feature i together with feature i + head_dim / 2 (the
+                half-split convention, as in ``flax.nnx.RoPE``).
             qk_scale: As in :func:`flashlla_jax.lla_attention`, and so are the following.
             cg_atol: See :func:`flashlla_jax.lla_attention`.
             cg_rtol: See :func:`flashlla_jax.lla_attention`.
@@ -233,6 +235,24 @@ class LLAttention(nnx.MultiHeadAttention):
             return self.ridge_lambda
         return core.learned_ridge(self.raw_ridge[...], self.ridge_floor)
 
+    def init_cache(self, input_shape: Sequence[int], dtype: Dtype = jnp.float32) -> None:
+        """Makes an empty cache, which calls with ``decode=True`` need; an old one is dropped.
+
+        A call may give any number of tokens: the whole prompt, then one or several at a time. Stacked layers, made by
+        ``nnx.vmap``, make their caches by ``nnx.vmap`` too. The cache is on one device: on a mesh, place
+        ``cached_key`` and ``cached_value`` as the keys will be.
+
+        Example::
+
+            layer.init_cache((batch, capacity, in_features))
+            nnx.vmap(lambda layer: layer.init_cache(shape), in_axes=0, out_axes=None)(stacked)
+
+        Args:
+            input_shape: ``[batch..., capacity, in_features]``: the shape of inputs that fill the cache.
+            dtype: Dtype of the cached keys and values.
+        """
+        super().init_cache(tuple(input_shape), dtype)
+
     def __call__(
         self,
         inputs_q: Float[Array, "*batch T features"],
@@ -258,17 +278,17 @@ class LLAttention(nnx.MultiHeadAttention):
 
         Args:
             inputs_q: Any number of batch axes, none included.
-            inputs_k: What the keys are made of; None for ``inputs_q``.
-            inputs_v: What the values are made of; None for ``inputs_k``.
+            inputs_k: Inputs of the keys; None for ``inputs_q``.
+            inputs_v: Inputs of the values; None for ``inputs_k``.
             mask: Which keys a query may see, on top of ``is_causal``: broadcastable to ``[batch..., num_heads, T, S]``,
-                boolean or, as Flax's mask makers return it, numbers of which nonzero means visible. With a cache S is
-                its capacity. A query that sees no key gets attention output zero.
+                boolean, or numbers as Flax's mask makers give them: nonzero means visible, negative is an error. With
+                a cache S is its capacity. A query that sees no key gets attention output zero.
             deterministic: Without effect, as in Flax without dropout.
             rngs: Without effect, as in Flax without dropout.
             sow_weights: Must be False.
             decode: Whether to append to the cache and attend to it; None for the constructor's, and one of the two must
-                be given, as in Flax. Any number of tokens, at the next positions; what a causal call over the whole
-                sequence gives there.
+                be given, as in Flax. Any number of tokens, at the next positions. The result is that of a
+                causal call over the whole sequence.
             is_causal: None for the constructor's.
             out_sharding: Sharding of the output, passed to ``out``.
             qkv_sharding: Sharding of queries, keys and values, passed to their projections.
@@ -280,7 +300,7 @@ class LLAttention(nnx.MultiHeadAttention):
             query_seq_lengths: ``[batch...]``, integers: the queries beyond are padding and get attention output zero.
             key_value_seq_lengths: ``[batch...]``, integers: the keys beyond are padding, which no query sees.
             decode_starts: With ``decode``: for prompts that are padded on the left, the first position of each row;
-                what is before it is hidden. To be given with every call, with the tokens after the prompt too.
+                positions before it are hidden. Give it with every call, with the tokens after the prompt too.
                 Positions for ``rope`` need no change: only their differences matter.
             decode_lengths: With ``decode``: for prompts that are padded on the right, how many of the T tokens each
                 row has. The others are not written, and their attention output is zero. From then on ``cache_index``
@@ -294,7 +314,7 @@ class LLAttention(nnx.MultiHeadAttention):
         Raises:
             ValueError: A shape does not fit; ``decode`` is given nowhere, its cache is missing or overrun, or it meets
                 ``is_causal=False``.
-            TypeError: The mask, ``input_positions``, the segments or the lengths are not arrays of what they must be.
+            TypeError: The mask, ``input_positions``, the segments or the lengths have the wrong type or dtype.
             NotImplementedError: ``sow_weights``, segments or lengths with a cache, or the named implementation cannot
                 serve this call.
         """
@@ -340,5 +360,5 @@ class LLAttention(nnx.MultiHeadAttention):
             arguments |= {"starts": decode_starts, "lengths": decode_lengths}
             o, cache = core.decode(self.settings, query, key, value, cache, **arguments)
             for variable, x in zip((self.cached_key, self.cached_value, self.cache_index), cache, strict=True):
-                variable.set_value(x)  # whose shape, of the index, and whose sharding may be new
+                variable.set_value(x)  # the sharding may be new, and the shape of the index
         return self.out(o, out_sharding=out_sharding)

@@ -1,7 +1,7 @@
 """Runs the kernels in Triton's interpreter on the CPU, behind the same ``launch.call`` that jax-triton serves on a GPU.
 
-TRITON_INTERPRET=1 must be set before Triton is imported, and such a process can do nothing else with Triton: these
-tests run in a pytest process of their own (tests/test_interpreted.py starts it).
+TRITON_INTERPRET=1 must be set before Triton is imported, and such a process can do nothing else with Triton. So these
+tests have a command of their own: TRITON_INTERPRET=1 python -m pytest tests/interpreted
 """
 
 from __future__ import annotations

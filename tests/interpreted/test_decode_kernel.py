@@ -1,4 +1,4 @@
-"""The kernels of a decode step in Triton's interpreter. Started by tests/test_interpreted.py."""
+"""The kernels of a decode step in Triton's interpreter. Run as test_kernels.py is."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import flashlla_jax.attention
 from flashlla_jax.kernels import decode_call
 from flashlla_jax.kernels import launch as launching
 from flashlla_jax.kernels.decode_call import DecodeLaunch
-from tests import decode_tests
 from tests.cases import KINDS, Shape
-from tests.decode_tests import Case, DecodeTests, worst_row
+from tests.decode import decode_tests
+from tests.decode.decode_tests import Case, DecodeTests, worst_row
 from tests.interpreted import harness
 
 SMALL = Shape(1, 1, 70, 2, 1, 8, 12)

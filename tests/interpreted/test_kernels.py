@@ -4,7 +4,7 @@ What runs is the kernels' own source, tile by tile, in NumPy: indexing, masks, t
 GPU will do; the tensor cores' rounding is not (a float32 product is exact to float32 whatever the precision), nor is
 bfloat16, whose bits the interpreter takes for integers. The path of 16-bit operands is therefore run in float16.
 
-Started by tests/test_interpreted.py, in a process of its own.
+Run by TRITON_INTERPRET=1 python -m pytest tests/interpreted.
 """
 
 from __future__ import annotations
