@@ -1,10 +1,11 @@
-"""Local Linear Attention for JAX."""
+"""Local Linear Attention and Parallax for JAX."""
 
 from typing import TYPE_CHECKING, Any
 
 from flashlla_jax.attention import default_implementation, lla_attention, lla_attention_and_omega
 from flashlla_jax.decode import lla_decode
-from flashlla_jax.interface import Residuals
+from flashlla_jax.interface import ParallaxResiduals, Residuals
+from flashlla_jax.parallax import parallax_attention
 
 if TYPE_CHECKING:
     from flashlla_jax.nn import LLAttention
@@ -13,11 +14,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLAttention",
+    "ParallaxResiduals",
     "Residuals",
     "default_implementation",
     "lla_attention",
     "lla_attention_and_omega",
     "lla_decode",
+    "parallax_attention",
 ]
 
 
