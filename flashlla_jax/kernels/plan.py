@@ -85,8 +85,8 @@ TABLE: LaunchTable = {
 # Of Parallax (kernels/parallax.py), with the same keys and the same rules. Chosen by what the compiler makes of them.
 PARALLAX_TABLE: LaunchTable = {
     90: {
-        ("forward", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 64, 4, 2), 256: Launch(64, 32, 4, 2)},
-        ("query", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 4, 3), 256: Launch(64, 32, 4, 1)},
+        ("forward", 2): {64: Launch(64, 64, 4, 3), 128: Launch(128, 32, 8, 3), 256: Launch(64, 32, 4, 2)},
+        ("query", 2): {64: Launch(64, 64, 4, 3), 128: Launch(128, 32, 8, 3), 256: Launch(64, 32, 4, 1)},
         ("key", 2): {64: Launch(32, 64, 4, 3), 128: Launch(32, 128, 8, 2), 256: Launch(32, 64, 4, 1)},
     },
     80: {
@@ -100,8 +100,8 @@ PARALLAX_TABLE: LaunchTable = {
 }
 
 # What differs from TABLE where queries see few keys. A program has a cost of its own, most of it for what it keeps in
-# memory between its passes over the keys; smaller tiles leave more registers for that. On an H100, bfloat16, D = 64, 512
-# keys a row: forward 0.63 ms against 0.74, query 0.88 against 1.12; equal at 1500 keys; 10 % more at 4096.
+# memory between its passes over the keys; smaller tiles leave more registers for that. On an H100, bfloat16, D = 64,
+# 512 keys a row: forward 0.63 ms against 0.74, query 0.88 against 1.12; equal at 1500 keys; 10 % more at 4096.
 FEW_KEYS: dict[tuple[int, str, int, int], Launch] = {
     (90, "forward", 2, 64): Launch(64, 32, 4, 3),
     (90, "query", 2, 64): Launch(64, 32, 4, 3),
