@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from flashlla_jax.attention import default_implementation, lla_attention, lla_attention_and_omega
-from flashlla_jax.decode import lla_decode
+from flashlla_jax.decode import lla_decode, parallax_decode
 from flashlla_jax.interface import ParallaxResiduals, Residuals
 from flashlla_jax.parallax import parallax_attention
 
@@ -21,6 +21,7 @@ __all__ = [
     "lla_attention_and_omega",
     "lla_decode",
     "parallax_attention",
+    "parallax_decode",
 ]
 
 

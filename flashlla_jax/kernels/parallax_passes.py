@@ -27,9 +27,20 @@ class Saved(NamedTuple):
 
 
 def forward(
-    query: Array, key: Array, value: Array, probe: Array, seen: Visibility, options: ParallaxOptions, plan: Plan
+    query: Array,
+    key: Array,
+    value: Array,
+    probe: Array,
+    seen: Visibility,
+    options: ParallaxOptions,
+    plan: Plan,
+    *,
+    unwritten: bool = False,
 ) -> tuple[Array, Saved, ParallaxResiduals]:
-    """``(o, saved, residuals)``: the forward pass, and what ``backward`` needs of it."""
+    """``(o, saved, residuals)``: the forward pass, and what ``backward`` needs of it.
+
+    ``unwritten``: keys and values that no query sees may be NaN.
+    """
     from flashlla_jax.kernels.parallax import forward_kernel
 
     problem = Problem(query, key, value, seen, options, plan)
@@ -53,7 +64,7 @@ def forward(
             problem.row(),
         ),
         shape,
-        problem.constants(shape, table, 0.0),
+        problem.constants(shape, table, 0.0, unwritten),
     )
     return o, Saved(vbar, excess, lse, lse_rest, t), ParallaxResiduals(omega, logsumexp)
 

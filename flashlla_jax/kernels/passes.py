@@ -19,7 +19,7 @@ from flashlla_jax.visibility import Visibility
 
 _LOG2_E = math.log2(math.e)
 _LEAST_STEEPNESS = 1e-30  # moves no logit
-_ORIGIN_ROWS = 32  # queries that share an origin of the keys: kernels/tiles.py, load_origin
+ORIGIN_ROWS = 32  # queries that share an origin of the keys: kernels/tiles.py, load_origin
 
 
 class Saved(NamedTuple):
@@ -77,7 +77,7 @@ class Problem(NamedTuple):
     def origins(self) -> Array:
         if not self.plan.arithmetic.upcast:
             return jnp.zeros((1, 1, 1, 1), jnp.float32)
-        found = origins(self.key, self.seen, _ORIGIN_ROWS).astype(jnp.float32)
+        found = origins(self.key, self.seen, ORIGIN_ROWS).astype(jnp.float32)
         return jnp.broadcast_to(found, (self.query.shape[0], *found.shape[1:]))
 
     def visible(self, table: Table) -> tuple[Array, ...]:
@@ -95,7 +95,7 @@ class Problem(NamedTuple):
         """How many batch entries have a visibility of their own: all, or one for all."""
         return max(x.shape[0] for x in (self.seen.start, self.seen.end, table.rows))
 
-    def constants(self, shape: Launch, table: Table, rtol: float | None = None) -> Constants:
+    def constants(self, shape: Launch, table: Table, rtol: float | None = None, unwritten: bool = False) -> Constants:
         _, _, _, heads, kv_heads, dim, value_dim = self.shape
         options, arithmetic, mask = self.options, self.plan.arithmetic, self.seen.mask
         solver, delta_eps = _NO_SOLVER, 0.0
@@ -138,6 +138,7 @@ class Problem(NamedTuple):
             FINISH=arithmetic.finish and solver.rtol is None,  # a stop that was asked for is kept to
             DELTA_EPS=delta_eps,
             QUERY_BM=self.plan.query.BM,
+            UNWRITTEN=unwritten,
         )
 
 
