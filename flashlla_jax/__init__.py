@@ -8,12 +8,13 @@ from flashlla_jax.interface import ParallaxResiduals, Residuals
 from flashlla_jax.parallax import parallax_attention
 
 if TYPE_CHECKING:
-    from flashlla_jax.nn import LLAttention
+    from flashlla_jax.nn import LLAttention, ParallaxAttention
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLAttention",
+    "ParallaxAttention",
     "ParallaxResiduals",
     "Residuals",
     "default_implementation",
@@ -26,10 +27,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LLAttention":  # Flax is loaded by those who use it
-        from flashlla_jax.nn import LLAttention
+    if name in ("LLAttention", "ParallaxAttention"):  # Flax is loaded by those who use it
+        from flashlla_jax import nn
 
-        return LLAttention
+        return getattr(nn, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
