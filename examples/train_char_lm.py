@@ -2,7 +2,8 @@
 
     python examples/train_char_lm.py                                        # LLA, minutes on two CPU cores
     python examples/train_char_lm.py --attention both                       # and softmax attention, same budget
-    python examples/train_char_lm.py --attention both --preset h200
+    python examples/train_char_lm.py --attention parallax                   # the learned probe in place of the solve
+    python examples/train_char_lm.py --attention all --preset h200          # the three of them, the size for a GPU
     python examples/train_char_lm.py --mesh data=2,context=2                # on four devices; also fsdp and tensor
     python examples/train_char_lm.py --generate "def main(" "import "       # sample from the checkpoint
 
@@ -50,7 +51,7 @@ from runs import (
     write,
 )
 from stdlib_text import END, VOCABULARY, Text, bigram_loss, load_text, windows
-from transformer import COLORS, IMPLEMENTATIONS, LLA, SOFTMAX, TITLES, Array, Transformer, count_parameters
+from transformer import COLORS, IMPLEMENTATIONS, LLA, PARALLAX, SOFTMAX, TITLES, Array, Transformer, count_parameters
 
 try:
     import optax
@@ -101,6 +102,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 # and 1.706; softmax attention went from 1.743 to 1.727. With heads of 64 and 150 steps of training: ridge 1 without QK
 # norm 11 and 2.212, with it 10 and 2.210; ridge 10 without it 5 and 2.233, with it 4 and 2.213.
 RIDGE = 10.0
+
+# What --attention names, in the order in which it is trained.
+SETS = {name: (name,) for name in (LLA, PARALLAX, SOFTMAX)} | {
+    "both": (LLA, SOFTMAX),
+    "all": (LLA, PARALLAX, SOFTMAX),
+}
 
 
 class CharLM(nnx.Module):
@@ -412,10 +419,10 @@ def _parser() -> argparse.ArgumentParser:
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     positive, rate = number(int, 1), number(float, 0, above=True)
-    parser.add_argument("--attention", choices=(LLA, SOFTMAX, "both"), default=LLA, help="default: %(default)s")
+    parser.add_argument("--attention", choices=tuple(SETS), default=LLA, help="default: %(default)s")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu", help="the size; default: %(default)s")
     parser.add_argument(
-        "--implementation", choices=IMPLEMENTATIONS, help="of LLAttention; default: the best that runs here"
+        "--implementation", choices=IMPLEMENTATIONS, help="of LLA and Parallax; default: the best that runs here"
     )
     parser.add_argument("--output-dir", type=Path, help="default: outputs/train_char_lm/<preset>")
     parser.add_argument(
@@ -544,7 +551,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"argument --warmup: {sizes['warmup']} must be less than --steps, {sizes['steps']}")
     if args.generate is not None and args.processes is not None:
         parser.error("argument --generate: one process samples; leave --coordinator, --processes, --process-id out")
-    attentions = (LLA, SOFTMAX) if args.attention == "both" else (args.attention,)
+    attentions = SETS[args.attention]
     output = args.output_dir or Path("outputs") / "train_char_lm" / args.preset
     try:
         join(args.coordinator, args.process_id, args.processes)
