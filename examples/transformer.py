@@ -240,7 +240,8 @@ class Transformer(nnx.Module):
         """
         steps = []
         for block in self.blocks:
-            layer, normed = block.attention, block.attention_norm(x)
+            layer: Any = block.attention
+            normed = block.attention_norm(x)
             q, k, v = layer.query(normed), layer.key(normed), layer.value(normed)
             if layer.query_ln is not None and layer.key_ln is not None:
                 q, k = layer.query_ln(q), layer.key_ln(k)

@@ -91,7 +91,7 @@ PARALLAX_TABLE: LaunchTable = {
     },
     80: {
         ("forward", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 8, 2), 256: Launch(32, 32, 4, 1)},
-        ("query", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 8, 2), 256: Launch(32, 16, 4, 1)},
+        ("query", 2): {64: Launch(64, 32, 4, 3), 128: Launch(64, 32, 8, 2), 256: Launch(32, 16, 4, 1)},
         ("key", 2): {64: Launch(32, 64, 4, 3), 128: Launch(32, 64, 8, 2), 256: Launch(16, 32, 8, 1)},
         ("forward", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(16, 16, 4, 1)},
         ("query", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
