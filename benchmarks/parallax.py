@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from benchmarks.decode import Setting, stepper
 from benchmarks.timing import described, environment, jax_timer, median_time, one_line, require_gpu
 from flashlla_jax import ParallaxAttention, lla_attention, operator, parallax_attention
 from flashlla_jax.interface import ParallaxOptions
@@ -74,22 +75,11 @@ def compared() -> Iterator[str]:
 
 def decoded() -> Iterator[str]:
     yield f"{'B, cache, N / K, D':24}{'Flax softmax':>14}{'Parallax':>14}{'ratio':>8}   ms a step of one token"
-    for batch, capacity, heads, kv_heads, dim in CACHES:
-        times = []
-        for kind in (nnx.MultiHeadAttention, ParallaxAttention):
-            options: dict[str, Any] = {"num_kv_heads": kv_heads, "use_bias": False, "dtype": jnp.bfloat16}
-            layer = kind(heads, 256, heads * dim, decode=True, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0), **options)
-            layer.init_cache((batch, capacity, 256), jnp.bfloat16)
-            graph, state = nnx.split(layer)
-
-            def step(x: jax.Array, state: Any, graph: Any = graph) -> Any:
-                layer = nnx.merge(graph, state)
-                layer.cache_index[...] = jnp.asarray(capacity - 1, layer.cache_index.dtype)  # noqa: B023
-                return layer(x)
-
-            times.append(milliseconds(step, jnp.ones((batch, 1, 256), jnp.bfloat16), state))
-        name = f"{batch}, {capacity}, {heads}/{kv_heads}, {dim}"
-        yield f"{name:24}{times[0]:14.3f}{times[1]:14.3f}{times[1] / times[0]:8.2f}"
+    for setting in (Setting(*cache) for cache in CACHES):
+        kinds = (nnx.MultiHeadAttention, ParallaxAttention)
+        flax, ours = (1e3 * median_time(stepper(kind, setting), 9, 3.0).seconds for kind in kinds)
+        name = f"{setting.batch}, {setting.length}, {setting.heads}/{setting.kv_heads}, {setting.dim}"
+        yield f"{name:24}{flax:14.3f}{ours:14.3f}{ours / flax:8.2f}"
 
 
 def errors() -> Iterator[str]:
