@@ -29,6 +29,16 @@ def _forget() -> Iterator[None]:
     outputs_and_gradients.cache_clear()
 
 
+@pytest.fixture(autouse=True, scope="class")
+def _interpreting(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For the class; a function says for itself."""
+    if request.cls is None:
+        yield
+        return
+    with interpreting(TILES):
+        yield
+
+
 class TestParallaxKernels(ParallaxTests):
     """Products of float32 are exact to float32 in the interpreter whatever the precision."""
 
@@ -43,11 +53,6 @@ class TestParallaxKernels(ParallaxTests):
     # one of each code path: ids, edges on both sides by batch entry, a mask of every head
     hidden = ("interleaved", "an offset for each", "mask")
     length = 70
-
-    @pytest.fixture(autouse=True, scope="class")
-    def _interpreting(self) -> Iterator[None]:
-        with interpreting(TILES):
-            yield
 
     def bound(self, dtype: str, name: str) -> float:
         return 2e-5  # the promise for float32
