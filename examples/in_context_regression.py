@@ -1,7 +1,8 @@
-"""In-context regression: two attention layers learn to fit piecewise-linear maps; LLA, softmax, linear attention.
+"""In-context regression: two attention layers learn to fit piecewise-linear maps, by each of four kinds of attention.
 
     python examples/in_context_regression.py                    # a small version, minutes on two CPU cores
     python examples/in_context_regression.py --preset full      # d = 32, on a GPU
+    python examples/in_context_regression.py --attention parallax   # one of the methods, or some of them
 
 The task follows the LLA paper (arXiv 2510.01450). A sequence consists of segments; each draws a direction c and a
 matrix W. Its inputs lie in a cone around c and have the norm sqrt(d), its targets are ``y = W x``: linear within a
@@ -22,6 +23,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -144,11 +146,11 @@ def job_name(attention: str, segment: int) -> str:
     return f"{attention} segments of {segment}"
 
 
-def run(config: Config, results: Results) -> None:
+def run(config: Config, results: Results, attentions: Sequence[str] = ATTENTIONS) -> None:
     """Trains what is missing in the results."""
     jobs: list[tuple[str, Callable[[], Job]]] = []
     for segment in config.segments:
-        for attention in ATTENTIONS:
+        for attention in attentions:
             name = job_name(attention, segment)
             if name not in results.finished:
                 jobs.append((name, lambda case=(attention, segment): make_job(config, *case)))
@@ -175,15 +177,15 @@ def within_segment(result: dict[str, Any], segment: int) -> np.ndarray:
     return np.reshape(result["error_by_position"], (-1, segment))[1:].mean(axis=0)
 
 
-def table(config: Config, results: Results) -> str:
+def table(config: Config, results: Results, attentions: Sequence[str] = ATTENTIONS) -> str:
     lines = [
         "squared error / variance of the targets: all positions; first, last quarter of the segments after the first",
-        f"segment{''.join(f'{TITLES[a]:^32}' for a in ATTENTIONS)}",
-        " " * 7 + "     all   first    last    (rate)" * len(ATTENTIONS),
+        f"segment{''.join(f'{TITLES[a]:^32}' for a in attentions)}",
+        " " * 7 + "     all   first    last    (rate)" * len(attentions),
     ]
     for segment in config.segments:
         cells = ""
-        for attention in ATTENTIONS:
+        for attention in attentions:
             result = results.finished[job_name(attention, segment)]
             error = within_segment(result, segment)
             quarters = f"{error[: segment // 4].mean():7.4f} {error[-(segment // 4) :].mean():7.4f}"
@@ -192,13 +194,13 @@ def table(config: Config, results: Results) -> str:
     return "\n".join(lines)
 
 
-def plot(config: Config, results: Results) -> Figure:
+def plot(config: Config, results: Results, attentions: Sequence[str] = ATTENTIONS) -> Figure:
     """Error against position within a segment above, the loss in training below; a column per segment length."""
     columns = len(config.segments)
     figure = Figure(figsize=(1.5 + 3.4 * columns, 5.5), layout="constrained")
     grid = figure.subplots(2, columns, sharey=True, squeeze=False)
     for (above, below), segment in zip(grid.T, config.segments, strict=True):
-        for attention in reversed(ATTENTIONS):  # LLA on top
+        for attention in reversed(attentions):  # LLA on top
             result = results.finished[job_name(attention, segment)]
             color = COLORS[attention]
             above.plot(np.arange(segment) + 1, within_segment(result, segment), color=color, label=TITLES[attention])
@@ -214,7 +216,7 @@ def plot(config: Config, results: Results) -> Figure:
     grid[1, 0].set_ylabel("training loss")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.suptitle(f"In-context regression, d = {config.dim}", fontsize=12)
-    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=len(ATTENTIONS), frameon=False)
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=len(attentions), frameon=False)
     return figure
 
 
@@ -253,7 +255,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     losses = len(range(0, config.steps, config.loss_every))
     shapes = {"error": (), "error_by_position": (config.length,), "rate": (), "loss": (losses,)}
     name = "in_context_regression"
-    carry_out(parser, args, config, name, run=run, table=table, plot=plot, shapes=shapes, remarks=remarks)
+    chosen = [attention for attention in ATTENTIONS if attention in args.attention]
+    steps: dict[str, Any] = {"run": run, "table": table, "plot": plot}
+    steps = {step: partial(f, attentions=chosen) for step, f in steps.items()}
+    carry_out(parser, args, config, name, **steps, shapes=shapes, remarks=remarks)
 
 
 if __name__ == "__main__":

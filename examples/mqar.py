@@ -1,7 +1,8 @@
-"""Multi-query associative recall: LLA against softmax attention and linear attention, trained under the same budget.
+"""Multi-query associative recall: LLA, Parallax, softmax attention and linear attention, trained under one budget.
 
     python examples/mqar.py                      # a small version, minutes on two CPU cores
     python examples/mqar.py --preset full        # the published sizes, on a GPU
+    python examples/mqar.py --attention parallax # one of the methods, or some of them
 
 The task is that of Zoology (Arora et al., arXiv 2312.04927). A sequence begins with pairs of a key and a value, which
 are tokens of two disjoint halves of the vocabulary. Then, at random places, each key comes once more, and the model has
@@ -20,6 +21,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -153,12 +155,12 @@ def make_job(config: Config, attention: str, width: int, length: int, pairs: int
     return Job(build, loss, accuracy, Budget(config.steps, config.rates, 0.1, config.seed))
 
 
-def run(config: Config, results: Results) -> None:
+def run(config: Config, results: Results, attentions: Sequence[str] = ATTENTIONS) -> None:
     """Trains what is missing in the results."""
     jobs: list[tuple[str, Callable[[], Job]]] = []
     for length, pairs in zip(config.lengths, config.pairs, strict=True):
         for width in config.widths:
-            for attention in ATTENTIONS:
+            for attention in attentions:
                 name = job_name(attention, width, length)
                 if name not in results.finished:
                     case = (attention, width, length, pairs)
@@ -180,14 +182,14 @@ def job_name(attention: str, width: int, length: int) -> str:
     return f"{attention} width {width} length {length}"
 
 
-def table(config: Config, results: Results) -> str:
+def table(config: Config, results: Results, attentions: Sequence[str] = ATTENTIONS) -> str:
     lines = [
         f"test accuracy (learning rate); chance is {2 / config.vocabulary:.4f} among the values",
-        f"length pairs width{''.join(f'{TITLES[a]:>26}' for a in ATTENTIONS)}",
+        f"length pairs width{''.join(f'{TITLES[a]:>26}' for a in attentions)}",
     ]
     for length, pairs in zip(config.lengths, config.pairs, strict=True):
         for width in config.widths:
-            found = [results.finished[job_name(a, width, length)] for a in ATTENTIONS]
+            found = [results.finished[job_name(a, width, length)] for a in attentions]
             cells = "".join(f"{x['accuracy']:17.4f} ({x['rate']:6g})" for x in found)
             lines.append(f"{length:6d} {pairs:5d} {width:5d}{cells}")
     return "\n".join(lines)
@@ -197,13 +199,13 @@ def table(config: Config, results: Results) -> str:
 SIZES = {a: 10 if a == LLA else 6 for a in ATTENTIONS}
 
 
-def plot(config: Config, results: Results) -> Figure:
+def plot(config: Config, results: Results, attentions: Sequence[str] = ATTENTIONS) -> Figure:
     """Accuracy against width above, the loss in training below; a column per length."""
     columns = len(config.lengths)
     figure = Figure(figsize=(1.5 + 3.2 * columns, 5.5), layout="constrained")
     grid = figure.subplots(2, columns, sharey="row", squeeze=False)
     for (above, below), length, pairs in zip(grid.T, config.lengths, config.pairs, strict=True):
-        for a in reversed(ATTENTIONS):  # LLA on top
+        for a in reversed(attentions):  # LLA on top
             found = [results.finished[job_name(a, width, length)] for width in config.widths]
             style = {"color": COLORS[a], "markerfacecolor": "none", "markersize": SIZES[a], "label": TITLES[a]}
             above.plot(config.widths, [x["accuracy"] for x in found], LINES[a], **style)
@@ -222,7 +224,7 @@ def plot(config: Config, results: Results) -> Figure:
     grid[1, 0].set_ylabel("training loss")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.suptitle(f"Multi-query associative recall, vocabulary {config.vocabulary}", fontsize=12)
-    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=len(ATTENTIONS), frameon=False)
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=len(attentions), frameon=False)
     return figure
 
 
@@ -260,7 +262,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     remarks = ["a small version of the task; --preset full has the published sizes"] if args.preset == "small" else []
     remarks.append(f"{jax.devices()[0].device_kind}, {config.steps} steps of {config.batch} sequences")
     shapes = {"accuracy": (), "rate": (), "loss": (len(range(0, config.steps, config.loss_every)),)}
-    carry_out(parser, args, config, "mqar", run=run, table=table, plot=plot, shapes=shapes, remarks=remarks)
+    chosen = [attention for attention in ATTENTIONS if attention in args.attention]
+    steps: dict[str, Any] = {"run": run, "table": table, "plot": plot}
+    steps = {name: partial(step, attentions=chosen) for name, step in steps.items()}
+    carry_out(parser, args, config, "mqar", **steps, shapes=shapes, remarks=remarks)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python examples/train_char_lm.py                                        # LLA, minutes on two CPU cores
     python examples/train_char_lm.py --attention both                       # and softmax attention, same budget
-    python examples/train_char_lm.py --attention both --preset h200
+    python examples/train_char_lm.py --attention parallax                   # the learned probe in place of the solve
+    python examples/train_char_lm.py --attention all --preset h200          # the three of them, the size for a GPU
     python examples/train_char_lm.py --mesh data=2,context=2                # on four devices; also fsdp and tensor
     python examples/train_char_lm.py --generate "def main(" "import "       # sample from the checkpoint
 
@@ -63,6 +64,7 @@ from common.transformer import (
     IMPLEMENTATIONS,
     LINES,
     LLA,
+    PARALLAX,
     SOFTMAX,
     TITLES,
     Array,
@@ -89,6 +91,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-3, "weight_decay": 0.1, "dtype": "bfloat16", "eval_every": 75, "eval_windows": 256,
     },
 }  # fmt: skip
+
+# What --attention names, in the order in which it is trained.
+SETS = {name: (name,) for name in (LLA, PARALLAX, SOFTMAX)} | {
+    "both": (LLA, SOFTMAX),
+    "all": (LLA, PARALLAX, SOFTMAX),
+}
 
 
 class Trainer:
@@ -281,10 +289,10 @@ def _parser() -> argparse.ArgumentParser:
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     positive, rate = number(int, 1), number(float, 0, above=True)
-    parser.add_argument("--attention", choices=(LLA, SOFTMAX, "both"), default=LLA, help="default: %(default)s")
+    parser.add_argument("--attention", choices=tuple(SETS), default=LLA, help="default: %(default)s")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu", help="the size; default: %(default)s")
     parser.add_argument(
-        "--implementation", choices=IMPLEMENTATIONS, help="of LLAttention; default: the best that runs here"
+        "--implementation", choices=IMPLEMENTATIONS, help="of LLA and Parallax; default: the best that runs here"
     )
     parser.add_argument("--output-dir", type=Path, help="default: outputs/train_char_lm/<preset>")
     parser.add_argument(
@@ -413,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"argument --warmup: {sizes['warmup']} must be less than --steps, {sizes['steps']}")
     if args.generate is not None and args.processes is not None:
         parser.error("argument --generate: one process samples; leave --coordinator, --processes, --process-id out")
-    attentions = (LLA, SOFTMAX) if args.attention == "both" else (args.attention,)
+    attentions = SETS[args.attention]
     output = args.output_dir or Path("outputs") / "train_char_lm" / args.preset
     try:
         join(args.coordinator, args.process_id, args.processes)

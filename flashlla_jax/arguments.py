@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from flashlla_jax.interface import LARGEST_RIDGE, Options, SolverOptions, accumulation_dtype
+from flashlla_jax.interface import LARGEST_RIDGE, Options, ParallaxOptions, SolverOptions, accumulation_dtype
 from flashlla_jax.visibility import LARGEST_POSITION, Hiding
 
 Implementation = Literal["triton", "xla", "reference"]
@@ -317,11 +317,35 @@ def check_options(
         use_preconditioner=check_flag("cg_use_preconditioner", cg_use_preconditioner),
     )
     return Options(
-        qk_scale=query.shape[-1] ** -0.5 if qk_scale is None else check_number("qk_scale", qk_scale, -math.inf),
+        qk_scale=check_scale(qk_scale, query),
         delta_eps=check_number("delta_eps", delta_eps),
         solver=solver,
         precision=check_precision(precision),
     )
+
+
+def check_probe(probe: Any, query: Array) -> Array:
+    """The probe as a JAX array, shaped as the query and in its dtype."""
+    if not hasattr(probe, "shape") or not hasattr(probe, "dtype"):
+        raise TypeError(f"probe must be an array, got {type(probe).__name__}")
+    if tuple(probe.shape) != query.shape:
+        raise ValueError(f"probe must have the query's shape, {query.shape}, got {tuple(probe.shape)}")
+    if str(probe.dtype) not in _DTYPES:  # as it was given, as in check_arrays
+        raise TypeError(f"probe has dtype {probe.dtype}; allowed are {', '.join(_DTYPES)}")
+    probe = jnp.asarray(probe)
+    if probe.dtype != query.dtype:
+        raise TypeError(f"probe must have the query's dtype, {query.dtype}, got {probe.dtype}")
+    return probe
+
+
+def check_parallax_options(query: Array, qk_scale: Any, precision: Any) -> ParallaxOptions:
+    """The options of a call of Parallax, with the defaults that depend on the query."""
+    return ParallaxOptions(check_scale(qk_scale, query), check_precision(precision))
+
+
+def check_scale(qk_scale: Any, query: Array) -> float:
+    """``qk_scale``, or its default."""
+    return query.shape[-1] ** -0.5 if qk_scale is None else check_number("qk_scale", qk_scale, -math.inf)
 
 
 def _default_max_iters(query: Array) -> int:

@@ -27,7 +27,7 @@ from flashlla_jax.arguments import (
     explains_names_from_elsewhere,
 )
 from flashlla_jax.context_parallel import Axes, gathered, local_visibility
-from flashlla_jax.interface import Options, Residuals
+from flashlla_jax.interface import Options, ParallaxOptions, Residuals
 from flashlla_jax.kernels import plan as planning
 from flashlla_jax.sharding import by_shard
 from flashlla_jax.visibility import Hiding, visibility
@@ -247,12 +247,8 @@ def lla_attention(
         query, qk_scale, delta_eps, cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, precision
     )
     chosen = choose("lla_attention", implementation, planning.refusal(query, value))
-    o, residuals = _run(*_static_and_arrays(hiding, options, chosen, axes), query, key, value, ridge_lambda)
-    if not return_residuals:
-        return o
-    # the implementations keep it finite, for jax_debug_infs
-    logsumexp = jnp.where(residuals.omega == 0, -jnp.inf, residuals.logsumexp)
-    return o, residuals._replace(logsumexp=logsumexp)
+    o, residuals = attend(hiding, options, chosen, axes, query, key, value, ridge_lambda)
+    return (o, of_blind_rows(residuals)) if return_residuals else o
 
 
 def lla_attention_and_omega(
@@ -314,17 +310,36 @@ def lla_attention_and_omega(
     return o, residuals.omega
 
 
+def attend(
+    hiding: Hiding,
+    options: Options | ParallaxOptions,
+    implementation: Implementation | None,
+    axes: Axes | None,
+    query: Array,
+    key: Array,
+    value: Array,
+    own: Array,
+) -> tuple[Array, Any]:
+    """The output and the residuals of a call whose arguments are checked; ``own`` is its ridge or its probe."""
+    return _run(*_static_and_arrays(hiding, options, implementation, axes), query, key, value, own)
+
+
+def of_blind_rows(residuals: Any) -> Any:
+    """With the logsumexp of a query that sees no key, which implementations keep finite, for jax_debug_infs."""
+    return residuals._replace(logsumexp=jnp.where(residuals.omega == 0, -jnp.inf, residuals.logsumexp))
+
+
 class _Static(NamedTuple):
     """The part of a call that is known when it is traced."""
 
     hiding: Hiding  # its numbers; its arrays are None
-    options: Options
+    options: Options | ParallaxOptions
     implementation: Implementation | None  # None: Triton or XLA, by platform
     axes: Axes | None  # mesh axes over which the length is divided, inside of jax.shard_map
 
 
 def _static_and_arrays(
-    hiding: Hiding, options: Options, implementation: Implementation | None, axes: Axes | None
+    hiding: Hiding, options: Options | ParallaxOptions, implementation: Implementation | None, axes: Axes | None
 ) -> tuple[_Static, dict[str, Any]]:
     arrays = {
         name: x for name, x in hiding._asdict().items() if x is not None and not isinstance(x, int) and name != "window"
@@ -334,19 +349,19 @@ def _static_and_arrays(
 
 @partial(jax.jit, static_argnums=0)  # so that a call outside of any jit is compiled once
 def _run(
-    static: _Static, hiding: dict[str, Any], query: Array, key: Array, value: Array, lam: Array
-) -> tuple[Array, Residuals]:
+    static: _Static, hiding: dict[str, Any], query: Array, key: Array, value: Array, own: Array
+) -> tuple[Array, Any]:
     one_head = query.ndim == 3
     if one_head:
-        query, key, value, lam = (x[:, :, None] for x in (query, key, value, lam))
-    o, residuals = by_shard(partial(_attend, static), query, key, value, lam, hiding, lengthwise=True)
+        query, key, value, own = (x[:, :, None] for x in (query, key, value, own))
+    o, residuals = by_shard(partial(_attend, static), query, key, value, own, hiding, lengthwise=True)
     if one_head:
         o, residuals = jax.tree.map(lambda x: x[:, :, 0], (o, residuals))
     return o, lax.stop_gradient(residuals)
 
 
 def _attend(
-    static: _Static, query: Array, key: Array, value: Array, lam: Array, hiding: dict[str, Any], axes: Axes | None
+    static: _Static, query: Array, key: Array, value: Array, own: Array, hiding: dict[str, Any], axes: Axes | None
 ) -> Any:
     """``axes``: the mesh axes over which the length is divided; the arrays are this device's then."""
     hidden = static.hiding._replace(**hiding)
@@ -356,10 +371,12 @@ def _attend(
     else:
         seen = local_visibility(hidden, query.shape[1], key.shape[1], axes)
     if static.implementation != "reference":
-        return operator.attend(query, key, value, lam, seen, static.options, only=static.implementation, axes=axes)
+        return operator.attend(query, key, value, own, seen, static.options, only=static.implementation, axes=axes)
     if axes is not None:
         key, value = gathered(key, axes), gathered(value, axes)
-    return reference.attention(query, key, value, lam, seen, static.options)
+    if isinstance(static.options, ParallaxOptions):
+        return reference.parallax(query, key, value, own, seen, static.options)
+    return reference.attention(query, key, value, own, seen, static.options)
 
 
 def default_implementation() -> Implementation:

@@ -49,8 +49,9 @@ def local_visibility(hiding: Hiding, queries: int, keys: int, axes: Axes) -> Vis
 def over_length(run: Callable[..., Any], axes: Axes, *, backward: bool) -> Callable[..., Any]:
     """``run``, a forward or backward pass of some queries and all keys, for parts of both.
 
-    Its arguments are query, key, value, ridge and a ``Visibility`` of all keys, in the backward pass also the
-    saved arrays and the cotangent. A forward pass gives arrays of the queries, a backward pass the four gradients.
+    Its arguments are query, key, value, ridge or probe, and a ``Visibility`` of all keys, in the backward pass
+    also the saved arrays and the cotangent. A forward pass gives arrays of the queries, a backward pass the four
+    gradients.
     """
 
     def divided(query: Array, key: Array, value: Array, lam: Array, seen: Visibility, *rest: Any) -> Any:

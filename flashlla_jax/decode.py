@@ -1,8 +1,7 @@
-"""``lla_decode``: the last few tokens of every row of a key/value cache."""
+"""``lla_decode`` and ``parallax_decode``: the last few tokens of every row of a key/value cache."""
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,16 +15,17 @@ from flashlla_jax import decode_xla, reference
 from flashlla_jax.arguments import (
     Implementation,
     check_mask,
-    check_number,
     check_precision,
+    check_probe,
     check_ridge,
+    check_scale,
     check_window,
     explains_names_from_elsewhere,
 )
 from flashlla_jax.attention import Ridge, choose
 from flashlla_jax.decode_arguments import check_cache, check_lengths, check_starts
-from flashlla_jax.interface import Options, SolverOptions
-from flashlla_jax.kernels import decode_call
+from flashlla_jax.interface import Options, ParallaxOptions, SolverOptions
+from flashlla_jax.kernels import decode_call, parallax_decode_call
 from flashlla_jax.operator import folded
 from flashlla_jax.sharding import by_shard, divisible, varying_like
 from flashlla_jax.visibility import LARGEST_POSITION, Visibility, dense, first_and_last
@@ -90,6 +90,66 @@ def lla_decode(
     """
     query, key, value = check_cache(query, key_cache, value_cache)
     window = None if local_window_size is None else check_window(local_window_size)
+    hiding = _check_hiding(query, key, lengths, starts, mask)
+    lam = check_ridge(ridge_lambda, query)
+    scale = check_scale(qk_scale, query)
+    chosen = choose("lla_decode", implementation, decode_call.refusal(query, key, value))
+    static = _Static(False, window, scale, check_precision(precision), chosen)
+    return _run(static, query, key, value, lam, hiding)
+
+
+def parallax_decode(
+    query: Float[Array, "B T N D"],
+    probe: Float[Array, "B T N D"],
+    key_cache: Float[Array, "B S K D"],
+    value_cache: Float[Array, "B S K Dv"],
+    lengths: int | Int[Array, ""] | Int[Array, " B"],
+    *,
+    starts: Int[Array, " B"] | None = None,
+    mask: Bool[Array, "#B #T #S"] | Bool[Array, "#B #N #T #S"] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    qk_scale: float | None = None,
+    precision: lax.PrecisionLike = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T N Dv"]:
+    """Parallax of the last 1 to 8 tokens of every row of a cache: one step of generation.
+
+    What causal :func:`~flashlla_jax.parallax_attention` over the written part of the cache gives for these tokens, as
+    :func:`lla_decode` is for :func:`~flashlla_jax.lla_attention`. The arguments are ``lla_decode``'s, less the ridge.
+
+    Args:
+        query: As in :func:`lla_decode`.
+        probe: In the shape and the dtype of ``query``.
+        key_cache: As in :func:`lla_decode`, and so are the following. For the Triton kernel it must have the query's
+            dtype.
+        value_cache: See :func:`lla_decode`.
+        lengths: See :func:`lla_decode`.
+        starts: See :func:`lla_decode`.
+        mask: See :func:`lla_decode`.
+        local_window_size: See :func:`lla_decode`.
+        qk_scale: See :func:`lla_decode`.
+        precision: See :func:`lla_decode`.
+        implementation: See :func:`lla_decode`.
+
+    Returns:
+        The output in the query's dtype, ``(B, T, N, Dv)``.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape does not fit, or a number is out of range.
+        NotImplementedError: As in :func:`lla_decode`.
+    """
+    query, key, value = check_cache(query, key_cache, value_cache)
+    probe = check_probe(probe, query)
+    window = None if local_window_size is None else check_window(local_window_size)
+    hiding = _check_hiding(query, key, lengths, starts, mask)
+    chosen = choose("parallax_decode", implementation, parallax_decode_call.refusal(query, key, value))
+    static = _Static(True, window, check_scale(qk_scale, query), check_precision(precision), chosen)
+    return _run(static, query, key, value, probe, hiding)
+
+
+def _check_hiding(query: Array, key: Array, lengths: Any, starts: Any, mask: Any) -> dict[str, Any]:
+    """The arrays that hide keys, of those that are given."""
     batch, tokens, heads, _ = query.shape
     masks = {"(B, T, S)": (batch, tokens, key.shape[1]), "(B, N, T, S)": (batch, heads, tokens, key.shape[1])}
     hiding = {
@@ -97,16 +157,13 @@ def lla_decode(
         "starts": None if starts is None else check_starts(starts, query),
         "mask": None if mask is None else check_mask(mask, masks),
     }
-    lam = check_ridge(ridge_lambda, query)
-    scale = query.shape[-1] ** -0.5 if qk_scale is None else check_number("qk_scale", qk_scale, -math.inf)
-    chosen = choose("lla_decode", implementation, decode_call.refusal(query, key, value))
-    static = _Static(window, scale, check_precision(precision), chosen)
-    return _run(static, query, key, value, lam, {name: x for name, x in hiding.items() if x is not None})
+    return {name: x for name, x in hiding.items() if x is not None}
 
 
 class _Static(NamedTuple):
     """The part of a call that is known when it is traced."""
 
+    parallax: bool  # else it is Local Linear Attention
     window: tuple[int, int] | None
     qk_scale: float
     precision: lax.Precision
@@ -119,31 +176,38 @@ class _Call(NamedTuple):
     query: Float[Array, "B T N D"]
     key: Float[Array, "B S K D"]
     value: Float[Array, "B S K Dv"]
-    lam: Float[Array, "B T N"]
+    own: Float[Array, "B T N"] | Float[Array, "B T N D"]  # the ridge, or the probe
     seen: Visibility
     first: Int[Array, "B T N"]  # position of the first key that a query sees
 
 
 @partial(jax.jit, static_argnums=0)  # so that a call outside of any jit is compiled once
-def _run(static: _Static, query: Array, key: Array, value: Array, lam: Array, hiding: dict[str, Any]) -> Array:
-    return by_shard(partial(_attend, static), query, key, value, lam, hiding)[0]
+def _run(static: _Static, query: Array, key: Array, value: Array, own: Array, hiding: dict[str, Any]) -> Array:
+    return by_shard(partial(_attend, static), query, key, value, own, hiding)[0]
 
 
 def _attend(
-    static: _Static, query: Array, key: Array, value: Array, lam: Array, hiding: dict[str, Any]
+    static: _Static, query: Array, key: Array, value: Array, own: Array, hiding: dict[str, Any]
 ) -> tuple[Array, tuple[()]]:
     batch, tokens, heads, _ = query.shape
     capacity = key.shape[1]
     lengths = jnp.broadcast_to(hiding["lengths"], (batch,))
     seen = _visibility(static.window, lengths, hiding.get("starts"), hiding.get("mask"), tokens, capacity)
+    o: Any
     if static.implementation == "reference":
-        no_solver = SolverOptions(None, None, 1, False)
-        options = Options(static.qk_scale, 0.0, no_solver, static.precision)
-        o, _ = reference.attention(query, key, value, lam, seen, options)
+        o = _reference(static, query, key, value, own, seen)
     else:
-        o: Any = _decode(static, _Call(query, key, value, lam, seen, _first_seen(seen, heads, capacity)))
+        o = _decode(static, _Call(query, key, value, own, seen, _first_seen(seen, heads, capacity)))
     valid = (lengths >= 0) & (lengths <= capacity)
     return jnp.where(valid[:, None, None, None], o, jnp.nan), ()
+
+
+def _reference(static: _Static, query: Array, key: Array, value: Array, own: Array, seen: Visibility) -> Array:
+    if static.parallax:
+        options = ParallaxOptions(static.qk_scale, static.precision)
+        return reference.parallax(query, key, value, own, seen, options)[0]
+    options = Options(static.qk_scale, 0.0, SolverOptions(None, None, 1, False), static.precision)
+    return reference.attention(query, key, value, own, seen, options)[0]
 
 
 def _visibility(
@@ -181,8 +245,10 @@ def _decode_fwd(static: _Static, call: _Call) -> tuple[Array, _Call]:
 
 
 def _decode_bwd(static: _Static, call: _Call, g: Array) -> tuple[_Call]:
-    def run(query: Array, key: Array, value: Array, lam: Array) -> Array:
-        return decode_xla.decode(query, key, value, lam, call.seen, call.first, static.qk_scale, reversible=True)
+    of_blocks = decode_xla.parallax if static.parallax else decode_xla.decode
+
+    def run(query: Array, key: Array, value: Array, own: Array) -> Array:
+        return of_blocks(query, key, value, own, call.seen, call.first, static.qk_scale, reversible=True)
 
     gradients = jax.vjp(run, *call[:4])[1](g)
     return (_Call(*gradients, None, None),)  # type: ignore[arg-type]
@@ -210,11 +276,14 @@ def _folding(static: _Static) -> Any:
 
 
 def _implementation(static: _Static, call: _Call) -> Array:
+    of_blocks = decode_xla.parallax if static.parallax else decode_xla.decode
+    kernels: Any = parallax_decode_call if static.parallax else decode_call
+
     def xla(*call: Any) -> Array:
-        return varying_like(decode_xla.decode(*_Call(*call), static.qk_scale), call)
+        return varying_like(of_blocks(*_Call(*call), static.qk_scale), call)
 
     def triton(*call: Any) -> Array:
-        run = divisible(partial(decode_call.decode, qk_scale=static.qk_scale, precision=static.precision))
+        run = divisible(partial(kernels.decode, qk_scale=static.qk_scale, precision=static.precision))
         return varying_like(run(*call), call)
 
     if static.implementation is None:

@@ -1,4 +1,4 @@
-"""Decoding by XLA: Local Linear Attention of a few queries over a cache, solved exactly, in one pass over the cache.
+"""Decoding by XLA: a few queries over a cache, in one pass over it. Local Linear Attention is solved exactly.
 
 For a query and the keys j that it sees, p_j being the softmax weights:
 
@@ -12,13 +12,17 @@ The cache is read in blocks, from the first that some query sees to the last. Ea
 centred on the block's own mean, are merged with the blocks before by the update of Chan, Golub and LeVeque (1979), so
 nothing is lost to the cancellation of ``E[kk] - E[k]E[k]`` where a few keys hold the weight. Keys are taken relative to
 an origin among them, so that nothing is lost to a large common offset either.
+
+Parallax, with a probe r in place of the solution, needs no covariance: the running mean t of k.r, and the sums of the
+values by p and by p a are enough (kernels/parallax.py says how they are kept).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +36,9 @@ from flashlla_jax.visibility import Visibility
 # Numbers in the largest temporary, the centred keys and values of one block for every query: 16 MiB in float32. But a
 # block has D keys at least, when it is as large as the covariances: shorter ones would mostly read and write those.
 _BLOCK_SIZE = 2**22
+
+
+_State = TypeVar("_State")  # running statistics
 
 
 class _Moments(NamedTuple):
@@ -87,6 +94,68 @@ def decode(
     o = moments.mean[..., dim:] + jnp.einsum("bkrd,bkrde->bkre", x, moments.covariance[..., dim:], precision="highest")
     o = jnp.where(sees[..., None], o, 0)
     return jnp.moveaxis(o.reshape(batch, heads, tokens, value.shape[-1]), 1, 2).astype(query.dtype)
+
+
+class _Sums(NamedTuple):
+    """Parallax's running statistics."""
+
+    top: Float[Array, "B K R"]  # largest logit
+    omega: Float[Array, "B K R"]  # sum of exp(logit - top)
+    t: Float[Array, "B K R"]  # the mean of k.r, of keys relative to their origin
+    p: Float[Array, "B K R Dv"]  # sum of exp(logit - top) v
+    pa: Float[Array, "B K R Dv"]  # and the same times a = 1 + t - k.r
+
+
+def parallax(
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K Dv"],
+    probe: Float[Array, "B T N D"],
+    seen: Visibility,
+    first: Int[Array, "B T N"],
+    qk_scale: float,
+    *,
+    reversible: bool = False,
+) -> Float[Array, "B T N Dv"]:
+    """``decode`` of Parallax; the probe is shaped as the query, the other arguments are ``decode``'s."""
+    batch, tokens, heads, _ = query.shape
+    kv_heads = key.shape[2]
+    dtype = accumulation_dtype(query.dtype)
+    q, r = (_by_row(jnp.moveaxis(x.astype(dtype), 1, 2), kv_heads) for x in (query, probe))
+    origin = _origin(key, _by_row(jnp.moveaxis(first, 1, 2), kv_heads), dtype)
+    block = _block(q, value)
+    shape = q.shape[:3]
+    zeros, values = jnp.zeros(shape, dtype), jnp.zeros((*shape, value.shape[3]), dtype)
+
+    def add(j: Array, so_far: _Sums) -> _Sums:
+        visible, kv = _load_block(q, key, value, origin, seen, tokens, block, j)
+        return _add_block(qk_scale, q, r, visible, kv, so_far)
+
+    nothing = _Sums(jnp.full(shape, -jnp.inf, dtype), zeros, zeros, values, values)
+    sums = _over_blocks(add, nothing, (q, key, value, r, origin, seen), seen, block, value.shape[1], reversible)
+    o = sums.pa / jnp.where(sums.omega != 0, sums.omega, 1)[..., None]
+    return jnp.moveaxis(o.reshape(batch, heads, tokens, value.shape[-1]), 1, 2).astype(query.dtype)
+
+
+def _add_block(qk_scale: float, q: Array, r: Array, visible: Array, kv: Array, so_far: _Sums) -> _Sums:
+    """The sums with those of one block."""
+    keys, values = kv[..., : q.shape[-1]], kv[..., q.shape[-1] :]
+    logits = qk_scale * jnp.einsum("bkrd,bkcd->bkrc", q, keys, precision="highest")
+    logits = jnp.where(visible, logits, -jnp.inf)
+    kr = jnp.einsum("bkrd,bkcd->bkrc", r, keys, precision="highest")
+    top = jnp.maximum(so_far.top, jnp.max(lax.stop_gradient(logits), axis=-1))
+    shift = jnp.where(top == -jnp.inf, 0, top)  # nothing seen so far: every weight is exp(-inf) = 0
+    w, shrink = jnp.exp(logits - shift[..., None]), jnp.exp(so_far.top - shift)
+    omega = so_far.omega * shrink + jnp.sum(w, axis=-1)
+    step = jnp.sum(w * (kr - so_far.t[..., None]), axis=-1) / jnp.where(omega != 0, omega, 1)
+    t = so_far.t + step
+    by_p, by_pa = (jnp.einsum("bkrc,bkce->bkre", x, values, precision="highest") for x in (w, w * _a(t, kr)))
+    p, pa = (x * shrink[..., None] for x in (so_far.p, so_far.pa))
+    return _Sums(top, omega, t, p + by_p, pa + step[..., None] * p + by_pa)
+
+
+def _a(t: Array, kr: Array) -> Array:
+    return 1 + (t[..., None] - kr)
 
 
 def solve(
@@ -149,9 +218,9 @@ def _moments(
     Its length is known at run time only; ``reversible``: by one over all blocks, which skips the others.
     """
     batch, kv_heads, rows, dim = q.shape
-    capacity, value_dim = value.shape[1], value.shape[3]
+    value_dim = value.shape[3]
     dtype = q.dtype
-    block = min(capacity, max(dim, _BLOCK_SIZE // max(1, batch * kv_heads * rows * (dim + value_dim))))
+    block = _block(q, value)
     merge = partial(_merge_block, qk_scale, q, key, value, origin, seen, tokens, block)
     shape = (batch, kv_heads, rows)
     nothing = _Moments(
@@ -160,14 +229,34 @@ def _moments(
         jnp.zeros((*shape, dim + value_dim), dtype),
         jnp.zeros((*shape, dim, dim + value_dim), dtype),
     )
-    nothing, bounds = varying_like((nothing, _blocks(seen, block)), (q, key, value, origin, seen))
+    return _over_blocks(merge, nothing, (q, key, value, origin, seen), seen, block, value.shape[1], reversible)
+
+
+def _block(q: Array, value: Array) -> int:
+    """Keys of a block."""
+    batch, kv_heads, rows, dim = q.shape
+    capacity, value_dim = value.shape[1], value.shape[3]
+    return min(capacity, max(dim, _BLOCK_SIZE // max(1, batch * kv_heads * rows * (dim + value_dim))))
+
+
+def _over_blocks(
+    merge: Callable[[Array, _State], _State],
+    nothing: _State,
+    given: Any,
+    seen: Visibility,
+    block: int,
+    capacity: int,
+    reversible: bool,
+) -> _State:
+    """The statistics of all blocks that some query sees, of those of no block and of the arrays that they depend on."""
+    nothing, bounds = varying_like((nothing, _blocks(seen, block)), given)
     begin, end = bounds
     if not reversible:
         return lax.fori_loop(begin, end, merge, nothing)
 
     # only the statistics before each block are kept
     @partial(jax.checkpoint, prevent_cse=False)
-    def step(so_far: _Moments, j: Array) -> tuple[_Moments, None]:
+    def step(so_far: _State, j: Array) -> tuple[_State, None]:
         return lax.cond((begin <= j) & (j < end), merge, lambda _, same: same, j, so_far), None
 
     return lax.scan(step, nothing, jnp.arange(math.ceil(capacity / block), dtype=jnp.int32))[0]

@@ -1,8 +1,9 @@
 """The arguments and the results of every implementation.
 
 An implementation works on the canonical layout: query ``(B, T, N, D)``, key ``(B, S, K, D)``, value ``(B, S, K, Dv)``,
-ridge_lambda ``(B, T, N)`` in the accumulation dtype, with K dividing N, and a ``Visibility`` that says which keys a
-query sees. A query that sees none has output zero and no gradient. ``arguments.py`` has checked all of it.
+with K dividing N, what the method has of its own of every query, and a ``Visibility`` that says which keys a query
+sees. Its own is, of Local Linear Attention, ridge_lambda ``(B, T, N)`` in the accumulation dtype, and of Parallax the
+probe ``(B, T, N, D)``. A query that sees none has output zero and no gradient. ``arguments.py`` has checked all of it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,14 @@ class Options:
     precision: jax.lax.Precision
 
 
+@dataclass(frozen=True)
+class ParallaxOptions:
+    """The static options of one call of Parallax; of which type the options are says which method is called."""
+
+    qk_scale: float
+    precision: jax.lax.Precision
+
+
 class Residuals(NamedTuple):
     """What the solves of a call did: one number per query and head, constants under differentiation.
 
@@ -59,6 +68,18 @@ class Residuals(NamedTuple):
     logsumexp: jax.Array
     iterations: jax.Array
     residual_norm: jax.Array
+
+
+class ParallaxResiduals(NamedTuple):
+    """What Parallax's forward pass knows beside its output; shapes, dtypes and meaning as in :class:`Residuals`.
+
+    Attributes:
+        omega: ``sum_j exp(qk_scale q.k_j - max_j)`` over the visible keys.
+        logsumexp: ``log sum_j exp(qk_scale q.k_j)``, natural logarithm; -inf for a query that sees no key.
+    """
+
+    omega: jax.Array
+    logsumexp: jax.Array
 
 
 def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:

@@ -1,4 +1,6 @@
-"""The operator: two primitives, the forward and the backward pass, paired by ``jax.custom_vjp``.
+"""The operator, two primitives, the forward and the backward pass, paired by ``jax.custom_vjp``.
+
+It is Local Linear Attention or Parallax, as the type of the options says.
 
 A program that is traced once may be lowered for any platform. Each primitive is lowered to the Triton kernels for CUDA
 and to blockwise XLA for every other platform, unless the call names an implementation. The kernels' side is traced when
@@ -26,11 +28,11 @@ from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir, xla
 from jaxtyping import Array
 
-from flashlla_jax import blockwise
+from flashlla_jax import blockwise, blockwise_parallax
 from flashlla_jax.context_parallel import Axes, over_length
-from flashlla_jax.interface import Options, Residuals, usable_ridge
-from flashlla_jax.kernels import passes
-from flashlla_jax.kernels.plan import plan_for
+from flashlla_jax.interface import Options, ParallaxOptions, ParallaxResiduals, Residuals, usable_ridge
+from flashlla_jax.kernels import parallax_passes, passes
+from flashlla_jax.kernels.plan import PARALLAX_TABLE, TABLE, plan_for
 from flashlla_jax.sharding import divisible, varying_like
 from flashlla_jax.visibility import Visibility, seeing_queries, without_hidden
 
@@ -45,33 +47,43 @@ class _Call:
         axes: the mesh axes over which the length is divided inside of ``jax.shard_map``, or None.
     """
 
-    options: Options
+    options: Options | ParallaxOptions
     only: Literal["triton", "xla"] | None
     plan: Any
     axes: Axes | None
+
+    @property
+    def kernels(self) -> Any:
+        """What computes the method that is called, by Triton."""
+        return parallax_passes if isinstance(self.options, ParallaxOptions) else passes
+
+    @property
+    def blockwise(self) -> Any:
+        """The same by XLA."""
+        return blockwise_parallax if isinstance(self.options, ParallaxOptions) else blockwise
 
 
 def attend(
     query: Array,
     key: Array,
     value: Array,
-    ridge_lambda: Array,
+    own: Array,
     visibility: Visibility,
-    options: Options,
+    options: Options | ParallaxOptions,
     *,
     only: Literal["triton", "xla"] | None = None,
     plan: Any = None,
     axes: Axes | None = None,
-) -> tuple[Array, Residuals]:
-    """Local Linear Attention of the canonical call (interface.py), with its exact gradient, once.
+) -> tuple[Array, Residuals | ParallaxResiduals]:
+    """Local Linear Attention or Parallax of the canonical call (interface.py), with its exact gradient, once.
 
     Args:
         query: ``(B, T, N, D)``.
         key: ``(B, S, K, D)``.
         value: ``(B, S, K, Dv)``.
-        ridge_lambda: ``(B, T, N)``, in the accumulation dtype.
+        own: the ridge, ``(B, T, N)``, in the accumulation dtype, or the probe, ``(B, T, N, D)``.
         visibility: which keys each query sees.
-        options: the static options.
+        options: the static options, whose type says which method it is.
         only: an implementation for every platform; None for Triton on CUDA and XLA elsewhere.
         plan: the launch of the kernels, from ``kernels.plan.plan_for``; None for the plan that fits this machine.
         axes: inside of ``jax.shard_map``, the mesh axes over which T and S are divided; the visibility is that of this
@@ -80,20 +92,22 @@ def attend(
     if only == "xla":
         plan = None
     elif plan is None:
-        plan = plan_for(query, value, options.precision, few_keys=visibility.few_keys)
-    given = (query, key, value, ridge_lambda, visibility)
+        table = PARALLAX_TABLE if isinstance(options, ParallaxOptions) else TABLE
+        plan = plan_for(query, value, options.precision, few_keys=visibility.few_keys, table=table)
+    given = (query, key, value, own, visibility)
     return _attend(*varying_like(given, given), _Call(options, only, plan, axes))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(query: Array, key: Array, value: Array, lam: Array, seen: Visibility, call: _Call) -> Any:
-    return _attend_fwd(query, key, value, lam, seen, call)[0]
+def _attend(query: Array, key: Array, value: Array, own: Array, seen: Visibility, call: _Call) -> Any:
+    return _attend_fwd(query, key, value, own, seen, call)[0]
 
 
-def _attend_fwd(query: Array, key: Array, value: Array, lam: Array, seen: Visibility, call: _Call) -> tuple[Any, Any]:
-    lam = usable_ridge(lam)
-    o, saved, residuals = _bind(_forward_p, call, (query, key, value, lam, seen))
-    return (o, residuals), (query, key, value, lam, seen, saved)
+def _attend_fwd(query: Array, key: Array, value: Array, own: Array, seen: Visibility, call: _Call) -> tuple[Any, Any]:
+    if isinstance(call.options, Options):
+        own = usable_ridge(own)
+    o, saved, residuals = _bind(_forward_p, call, (query, key, value, own, seen))
+    return (o, residuals), (query, key, value, own, seen, saved)
 
 
 def _attend_bwd(call: _Call, kept: Any, cotangents: Any) -> tuple[Any, ...]:
@@ -129,7 +143,7 @@ def _divided(run: Callable[..., Any], primitive: Primitive, call: _Call) -> Call
 
 
 def _run_kernels(*given: Any, backward: bool, call: _Call) -> Any:
-    run: Any = passes.backward if backward else passes.forward
+    run: Any = call.kernels.backward if backward else call.kernels.forward
     return run(*_shown(*given), call.options, call.plan)
 
 
@@ -138,7 +152,7 @@ def _run_blockwise(primitive: Primitive, call: _Call) -> Callable[..., Any]:
 
 
 def _blockwise_forward(*given: Any, call: _Call) -> Any:
-    run: Any = blockwise.forward
+    run: Any = call.blockwise.forward
     o, saved, residuals = run(*_shown(*given), call.options)
     if call.only is None:
         _, types, _ = jax.eval_shape(partial(_run_kernels, backward=False, call=call), *given)
@@ -148,23 +162,24 @@ def _blockwise_forward(*given: Any, call: _Call) -> Any:
 
 def _blockwise_backward(*given: Any, call: _Call) -> Any:
     *inputs, saved, g = _shown(*given)
-    forward: Any = blockwise.forward
-    backward: Any = blockwise.backward
+    forward: Any = call.blockwise.forward
+    backward: Any = call.blockwise.backward
     if call.only is None:
         _, saved, _ = forward(*inputs, call.options)
     return varying_like(backward(*inputs, saved, g, call.options), given)
 
 
-def _shown(query: Array, key: Array, value: Array, lam: Array, seen: Visibility, *rest: Any) -> tuple[Any, ...]:
+def _shown(query: Array, key: Array, value: Array, own: Array, seen: Visibility, *rest: Any) -> tuple[Any, ...]:
     """The arguments of a pass, without the hidden values that could do harm: NaN would outlive a weight of 0."""
     if seen.complete:
-        return query, key, value, lam, seen, *rest
+        return query, key, value, own, seen, *rest
     sees = seeing_queries(seen, key.shape[1])
     query, key, value = without_hidden(query, key, value, seen)
     if rest:
         saved, g = rest
         rest = saved, jnp.where(sees[..., None], g, 0)
-    return query, key, value, jnp.where(sees, lam, 1), seen, *rest
+    own = jnp.where(sees, own, 1) if own.ndim == 3 else jnp.where(sees[..., None], own, 0)
+    return query, key, value, own, seen, *rest
 
 
 def _bind(primitive: Primitive, call: _Call, given: tuple[Any, ...]) -> Any:
@@ -224,8 +239,9 @@ def folded(size: int, batch: int, x: Array, is_mapped: bool) -> Array:
 
 
 _SECOND_DERIVATIVE = (
-    "the gradient of lla_attention can be differentiated again in forward mode (jax.jvp of jax.grad, jax.jacfwd) with "
-    "implementation='xla', and in any mode with implementation='reference', which is dense and for small problems"
+    "the gradient of lla_attention, or of parallax_attention, can be differentiated again in forward mode (jax.jvp of "
+    "jax.grad, jax.jacfwd) with implementation='xla', and in any mode with implementation='reference', which is dense "
+    "and for small problems"
 )
 
 

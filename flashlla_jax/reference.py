@@ -18,6 +18,8 @@ In float64 the two agree to 1e-14. In float32 the paper's loses everything where
 
 A query that sees no key has output zero.
 
+Parallax has a given vector, the probe r_i, in place of the solution x_i: ``parallax`` below.
+
 ``delta_eps`` is added to the denominator ``omega_i - mu_i.rho_i``, which is positive. The factor that this multiplies
 ``o_i`` by counts as a constant under differentiation.
 """
@@ -28,7 +30,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flashlla_jax.interface import Options, Residuals, accumulation_dtype, usable_ridge
+from flashlla_jax.interface import (
+    Options,
+    ParallaxOptions,
+    ParallaxResiduals,
+    Residuals,
+    accumulation_dtype,
+    usable_ridge,
+)
 from flashlla_jax.visibility import Visibility, dense, seeing_queries, without_hidden
 
 
@@ -38,7 +47,9 @@ def _by_head(x: Array, heads: int) -> Array:
     return jnp.repeat(x, heads // x.shape[1], axis=1)
 
 
-def _weights(q: Array, k: Array, seen: Visibility, options: Options) -> tuple[Array, Array, Array, Array]:
+def _weights(
+    q: Array, k: Array, seen: Visibility, options: Options | ParallaxOptions
+) -> tuple[Array, Array, Array, Array]:
     """``(w, omega, total, top)``: w (B, N, T, S), 0 where key j is hidden from query i; total is omega, or 1 for 0."""
     s = options.qk_scale * jnp.einsum("bntd,bnsd->bnts", q, k, precision="highest")
     s = jnp.where(dense(seen, k.shape[2]), s, -jnp.inf)
@@ -109,6 +120,35 @@ def attention(
         residual_norm=jnp.linalg.norm(defect, axis=-1),
     )
     residuals = jax.lax.stop_gradient(Residuals(*(jnp.moveaxis(x, 1, 2) for x in residuals)))
+    return jnp.moveaxis(o, 1, 2).astype(query.dtype), residuals
+
+
+def parallax(
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K Dv"],
+    probe: Float[Array, "B T N D"],
+    seen: Visibility,
+    options: ParallaxOptions,
+) -> tuple[Float[Array, "B T N Dv"], ParallaxResiduals]:
+    """Parallax (arXiv 2605.29157): ``o_i = sum_j p_ij (1 - kc_ij.r_i) v_j`` of the probe r. As exact as ``attention``.
+
+    The keys are centred before the product with the probe, so nothing is lost to an offset that they share.
+    """
+    dtype = accumulation_dtype(query.dtype)
+    if not seen.complete:
+        query, key, value = without_hidden(query, key, value, seen)
+        probe = jnp.where(seeing_queries(seen, key.shape[1])[..., None], probe, 0)
+    q, r = (jnp.moveaxis(x, 2, 1).astype(dtype) for x in (query, probe))
+    k, v = (_by_head(x, query.shape[2]).astype(dtype) for x in (key, value))
+    w, omega, total, top = _weights(q, k, seen, options)
+    p = w / total[..., None]
+    kbar = jnp.einsum("bnts,bnsd->bntd", p, k, precision="highest")
+    a = 1 - jnp.einsum("bntsd,bntd->bnts", k[:, :, None] - kbar[:, :, :, None], r, precision="highest")
+    o = jnp.einsum("bnts,bnsd->bntd", p * a, v, precision="highest")
+    o = jnp.where((omega > 0)[..., None], o, 0)  # selected: the cotangent of a query that sees no key may be NaN
+    residuals = ParallaxResiduals(omega, top + jnp.log(total))
+    residuals = jax.lax.stop_gradient(ParallaxResiduals(*(jnp.moveaxis(x, 1, 2) for x in residuals)))
     return jnp.moveaxis(o, 1, 2).astype(query.dtype), residuals
 
 

@@ -54,13 +54,14 @@ def by_shard(
     query: Array,
     key: Array,
     value: Array,
-    lam: Array,
+    own: Array,
     hiding: dict[str, Any],
     *,
     lengthwise: bool = False,
 ) -> Any:
     """Runs ``attend`` of the canonical call. On a mesh with explicit axes each device computes its part.
 
+    ``own`` is the method's own array of the queries, (B, T, N) or (B, T, N, D).
     ``hiding`` holds arrays, or pairs of them, the queries' first. Axis 0 is the batch (or 1, or missing). Of the mask,
     axis 1 is the heads (or 1) and axis 2 the queries (or 1).
 
@@ -68,11 +69,11 @@ def by_shard(
     divide the length, or None. Keys and values are divided as the query is.
     """
 
-    def local(query: Array, key: Array, value: Array, lam: Array, hiding: dict[str, Any]) -> Any:
-        given = (query, key, value, lam, hiding)
+    def local(query: Array, key: Array, value: Array, own: Array, hiding: dict[str, Any]) -> Any:
+        given = (query, key, value, own, hiding)
         return attend(*varying_like(given, given), *((names(axes.length),) if lengthwise else ()))
 
-    given = (query, key, value, lam, hiding)
+    given = (query, key, value, own, hiding)
     mesh, axes = _placed({"query": query, "key": key, "value": value}, lengthwise)
     if mesh is None:
         return local(*given)
@@ -89,7 +90,7 @@ def by_shard(
     def place_all(x: Any) -> Any:
         return tuple(place(ids, axes.length) for ids in x) if isinstance(x, tuple) else place(x, None)
 
-    specs = (wide, wide, wide, rows, {name: place_all(x) for name, x in hiding.items()})
+    specs = (wide, wide, wide, wide if own.ndim == 4 else rows, {name: place_all(x) for name, x in hiding.items()})
     placed = jax.tree.map(lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)), given, specs)
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(wide, rows))(*placed)
 

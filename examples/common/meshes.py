@@ -25,6 +25,7 @@ AXES = ("data", "fsdp", "context", "tensor")
 # Of parameters, by the end of their path; the optimizer's moments lie as they do, all else whole on every device.
 PLACES: dict[tuple[Any, ...], P] = {
     ("query", "kernel"): P("fsdp", "tensor"),  # (features, heads, head features)
+    ("probe", "kernel"): P("fsdp", "tensor"),
     ("key", "kernel"): P("fsdp", "tensor"),
     ("value", "kernel"): P("fsdp", "tensor"),
     ("out", "kernel"): P("tensor", None, "fsdp"),  # (heads, head features, features)

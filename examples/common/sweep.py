@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from .runs import RunError, again, check_config, number, prepare_folder, seed, write
-from .transformer import DTYPES, IMPLEMENTATIONS, Array
+from .transformer import ATTENTIONS, DTYPES, IMPLEMENTATIONS, Array
 
 try:
     import optax
@@ -34,7 +34,14 @@ def sweep_parser(doc: str | None, presets: Iterable[str], name: str) -> tuple[ar
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=tuple(presets), default="small", help="default: %(default)s")
-    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="of LLAttention; default: the best here")
+    parser.add_argument(
+        "--attention",
+        choices=ATTENTIONS,
+        nargs="+",
+        default=list(ATTENTIONS),
+        help="which methods; what others left in the output folder stays. Default: all",
+    )
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, help="of LLA and Parallax; default: the best here")
     parser.add_argument("--output-dir", type=Path, help=f"default: outputs/{name}/<preset>")
     parser.add_argument("--fresh", action="store_true", help="delete the results in the output folder and start over")
     parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")

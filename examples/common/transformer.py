@@ -1,7 +1,8 @@
 """The model of the trained examples: a pre-norm transformer whose attention is chosen by name; all else is the same.
 
-``"lla"`` is :class:`flashlla_jax.LLAttention` with a learned ridge; ``"softmax"`` and ``"linear"`` are the baselines of
-this file: same projections, same rotary positions, same initialisation.
+``"lla"`` is :class:`flashlla_jax.LLAttention` with a learned ridge, ``"parallax"`` is
+:class:`flashlla_jax.ParallaxAttention`, which has one projection more; ``"softmax"`` and ``"linear"`` are the baselines
+of this file: same projections, same rotary positions, same initialisation.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flashlla_jax import LLAttention, lla_attention
+from flashlla_jax import LLAttention, ParallaxAttention, lla_attention
 from flashlla_jax.attention import Implementation
 from flashlla_jax.nn.rope import rotate
 
 Array = jax.Array
 
-LLA, SOFTMAX, LINEAR = "lla", "softmax", "linear"
-ATTENTIONS = (LLA, SOFTMAX, LINEAR)
-TITLES = {LLA: "LLA", SOFTMAX: "softmax attention", LINEAR: "linear attention"}
-COLORS = {LLA: "#0072B2", SOFTMAX: "#D55E00", LINEAR: "#009E73"}  # told apart by colour-blind readers
-LINES = {LLA: "o-", SOFTMAX: "s--", LINEAR: "^:"}  # so that a curve shows through one that lies on it
+LLA, PARALLAX, SOFTMAX, LINEAR = "lla", "parallax", "softmax", "linear"
+ATTENTIONS = (LLA, PARALLAX, SOFTMAX, LINEAR)
+TITLES = {LLA: "LLA", PARALLAX: "Parallax", SOFTMAX: "softmax attention", LINEAR: "linear attention"}
+# told apart by colour-blind readers
+COLORS = {LLA: "#0072B2", PARALLAX: "#CC79A7", SOFTMAX: "#D55E00", LINEAR: "#009E73"}
+# so that a curve shows through one that lies on it
+LINES = {LLA: "o-", PARALLAX: "d-.", SOFTMAX: "s--", LINEAR: "^:"}
 AUTO = "auto"
 DTYPES = ("float32", "bfloat16", AUTO)
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
@@ -165,19 +168,12 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.attention_norm = nnx.RMSNorm(features, dtype=dtype, rngs=rngs)
+        ours: dict[str, Any] = {"use_bias": False, "normalize_qk": normalize_qk, "rope": ROPE_BASE if rope else None}
+        ours |= {"dtype": dtype, "implementation": implementation, "rngs": rngs}
         if attention == LLA:
-            self.attention = LLAttention(
-                num_heads,
-                features,
-                use_bias=False,
-                learn_ridge=True,
-                ridge_lambda=ridge_lambda,
-                normalize_qk=normalize_qk,
-                rope=ROPE_BASE if rope else None,
-                dtype=dtype,
-                implementation=implementation,
-                rngs=rngs,
-            )
+            self.attention = LLAttention(num_heads, features, learn_ridge=True, ridge_lambda=ridge_lambda, **ours)
+        elif attention == PARALLAX:
+            self.attention = ParallaxAttention(num_heads, features, **ours)
         else:
             kind = {SOFTMAX: SoftmaxAttention, LINEAR: LinearAttention}[attention]
             self.attention = kind(
@@ -207,7 +203,7 @@ class Transformer(nnx.Module):
         ridge_lambda: the initial ridge of ``LLAttention``.
         fused: of :class:`SoftmaxAttention`.
         dtype: of the computation; parameters are float32.
-        implementation: of ``LLAttention``.
+        implementation: of ``LLAttention`` and ``ParallaxAttention``.
         rngs: source of the initial parameters.
     """
 
@@ -246,7 +242,8 @@ class Transformer(nnx.Module):
         """
         steps = []
         for block in self.blocks:
-            layer, normed = block.attention, block.attention_norm(x)
+            layer: Any = block.attention
+            normed = block.attention_norm(x)
             q, k, v = layer.query(normed), layer.key(normed), layer.value(normed)
             if layer.query_ln is not None and layer.key_ln is not None:
                 q, k = layer.query_ln(q), layer.key_ln(k)

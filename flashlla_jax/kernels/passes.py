@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from flashlla_jax.interface import Options, Residuals
+from flashlla_jax.interface import Options, ParallaxOptions, Residuals, SolverOptions
 from flashlla_jax.kernels import launch
 from flashlla_jax.kernels.constants import Constants
 from flashlla_jax.kernels.plan import Launch, Plan, padded
@@ -19,7 +19,7 @@ from flashlla_jax.visibility import Visibility
 
 _LOG2_E = math.log2(math.e)
 _LEAST_STEEPNESS = 1e-30  # moves no logit
-_ORIGIN_ROWS = 32  # queries that share an origin of the keys: kernels/tiles.py, load_origin
+ORIGIN_ROWS = 32  # queries that share an origin of the keys: kernels/tiles.py, load_origin
 
 
 class Saved(NamedTuple):
@@ -34,14 +34,17 @@ class Saved(NamedTuple):
     damping: Array
 
 
-class _Problem(NamedTuple):
-    """One call, and what its kernels share."""
+_NO_SOLVER = SolverOptions(None, None, 0, False)  # of Parallax
+
+
+class Problem(NamedTuple):
+    """One call, of either method, and what its kernels share."""
 
     query: Any
     key: Any
     value: Any
     seen: Visibility
-    options: Options
+    options: Options | ParallaxOptions
     plan: Plan
 
     @property
@@ -74,7 +77,7 @@ class _Problem(NamedTuple):
     def origins(self) -> Array:
         if not self.plan.arithmetic.upcast:
             return jnp.zeros((1, 1, 1, 1), jnp.float32)
-        found = origins(self.key, self.seen, _ORIGIN_ROWS).astype(jnp.float32)
+        found = origins(self.key, self.seen, ORIGIN_ROWS).astype(jnp.float32)
         return jnp.broadcast_to(found, (self.query.shape[0], *found.shape[1:]))
 
     def visible(self, table: Table) -> tuple[Array, ...]:
@@ -92,10 +95,12 @@ class _Problem(NamedTuple):
         """How many batch entries have a visibility of their own: all, or one for all."""
         return max(x.shape[0] for x in (self.seen.start, self.seen.end, table.rows))
 
-    def constants(self, shape: Launch, table: Table, rtol: float | None = None) -> Constants:
+    def constants(self, shape: Launch, table: Table, rtol: float | None = None, unwritten: bool = False) -> Constants:
         _, _, _, heads, kv_heads, dim, value_dim = self.shape
         options, arithmetic, mask = self.options, self.plan.arithmetic, self.seen.mask
-        solver = options.solver
+        solver, delta_eps = _NO_SOLVER, 0.0
+        if isinstance(options, Options):
+            solver, delta_eps = options.solver, options.delta_eps
         # the key kernel has the fewer spills with one pipeline for both
         few_edges = mask is None and rtol is not None
         axes = [False] * 4 if mask is None else [n > 1 for n in mask.shape]
@@ -131,8 +136,9 @@ class _Problem(NamedTuple):
             MAX_ITERS=solver.max_iters,
             PRECONDITION=solver.use_preconditioner,
             FINISH=arithmetic.finish and solver.rtol is None,  # a stop that was asked for is kept to
-            DELTA_EPS=options.delta_eps,
+            DELTA_EPS=delta_eps,
             QUERY_BM=self.plan.query.BM,
+            UNWRITTEN=unwritten,
         )
 
 
@@ -142,7 +148,7 @@ def forward(
     """``(o, saved, residuals)``: the forward pass, and what ``backward`` needs of it."""
     from flashlla_jax.kernels.forward import forward_kernel
 
-    problem = _Problem(query, key, value, seen, options, plan)
+    problem = Problem(query, key, value, seen, options, plan)
     batch, T, S, heads, _, _, value_dim = problem.shape
     shape = plan.forward
     table = by_query_tiles(seen, S, shape.BM, shape.BN)
@@ -187,7 +193,7 @@ def backward(
     """``(dquery, dkey, dvalue, dridge_lambda)`` for the cotangent g of the output."""
     from flashlla_jax.kernels.backward import key_kernel, query_kernel
 
-    problem = _Problem(query, key, value, seen, options, plan)
+    problem = Problem(query, key, value, seen, options, plan)
     batch, T, S, heads, kv_heads, _, _ = problem.shape
     origin = problem.origins()
     shape = plan.query

@@ -29,6 +29,10 @@ class Launch(NamedTuple):
     num_stages: int
 
 
+# A launch by the least compute capability, (kernel, bytes of an operand) and padded head dimension.
+LaunchTable = dict[int, dict[tuple[str, int], dict[int, Launch]]]
+
+
 class Arithmetic(NamedTuple):
     """How products are computed, by dtype and precision; ``kernels/constants.py`` says more of each."""
 
@@ -61,7 +65,7 @@ class Plan(NamedTuple):
 # key's and the value's. 64 and 128 of capability 90 were chosen by time on an H200 (benchmarks/tune.py times candidates
 # like those again), the rest by what the compiler makes of them, the least register spills. The key kernel's BM divides
 # the query's; for 4 bytes BM is 32 at the most (kernels/tiles.py, load_origin).
-TABLE: dict[int, dict[tuple[str, int], dict[int, Launch]]] = {
+TABLE: LaunchTable = {
     90: {
         ("forward", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 4, 3), 256: Launch(64, 32, 4, 2)},
         ("query", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 4, 3), 256: Launch(64, 32, 4, 1)},
@@ -78,19 +82,35 @@ TABLE: dict[int, dict[tuple[str, int], dict[int, Launch]]] = {
 }
 
 
-# The same where queries see few keys, of entries that are then others. A program has a cost of its own, most of it
-# for what it keeps in memory between its passes over the keys; smaller tiles leave more registers for that. On an H100,
-# bfloat16, D = 64, 512 keys a row: forward 0.63 ms against 0.74, query 0.88 against 1.12; equal at 1500 keys; 10 % more
-# at 4096.
+# Of Parallax (kernels/parallax.py), with the same keys and the same rules. Chosen by what the compiler makes of them.
+PARALLAX_TABLE: LaunchTable = {
+    90: {
+        ("forward", 2): {64: Launch(64, 64, 4, 3), 128: Launch(128, 32, 8, 3), 256: Launch(64, 32, 4, 2)},
+        ("query", 2): {64: Launch(64, 64, 4, 3), 128: Launch(128, 32, 8, 3), 256: Launch(64, 32, 4, 1)},
+        ("key", 2): {64: Launch(32, 64, 4, 3), 128: Launch(32, 128, 8, 2), 256: Launch(32, 64, 4, 1)},
+    },
+    80: {
+        ("forward", 2): {64: Launch(64, 64, 4, 3), 128: Launch(64, 32, 8, 2), 256: Launch(32, 32, 4, 1)},
+        ("query", 2): {64: Launch(64, 32, 4, 3), 128: Launch(64, 32, 8, 2), 256: Launch(32, 16, 4, 1)},
+        ("key", 2): {64: Launch(32, 64, 4, 3), 128: Launch(32, 64, 8, 2), 256: Launch(16, 32, 8, 1)},
+        ("forward", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 4, 2), 256: Launch(16, 16, 4, 1)},
+        ("query", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 16, 4, 1), 256: Launch(16, 16, 4, 1)},
+        ("key", 4): {64: Launch(32, 32, 4, 2), 128: Launch(32, 32, 8, 1), 256: Launch(16, 16, 4, 1)},
+    },
+}
+
+# What differs from TABLE where queries see few keys. A program has a cost of its own, most of it for what it keeps in
+# memory between its passes over the keys; smaller tiles leave more registers for that. On an H100, bfloat16, D = 64,
+# 512 keys a row: forward 0.63 ms against 0.74, query 0.88 against 1.12; equal at 1500 keys; 10 % more at 4096.
 FEW_KEYS: dict[tuple[int, str, int, int], Launch] = {
     (90, "forward", 2, 64): Launch(64, 32, 4, 3),
     (90, "query", 2, 64): Launch(64, 32, 4, 3),
 }
 
 
-def entries(kernel: str, operand_bytes: int, capability: int) -> dict[int, Launch]:
+def entries(kernel: str, operand_bytes: int, capability: int, table: LaunchTable = TABLE) -> dict[int, Launch]:
     """By padded head dimension."""
-    return newest(TABLE, (kernel, operand_bytes), capability)
+    return newest(table, (kernel, operand_bytes), capability)
 
 
 def newest(tables: Mapping[int, Mapping[_Key, _Value]], key: _Key, capability: int) -> _Value:
@@ -100,15 +120,23 @@ def newest(tables: Mapping[int, Mapping[_Key, _Value]], key: _Key, capability: i
 
 
 def plan_for(
-    query: Any, value: Any, precision: lax.Precision, capability: int | None = None, few_keys: bool = False
+    query: Any,
+    value: Any,
+    precision: lax.Precision,
+    capability: int | None = None,
+    few_keys: bool = False,
+    table: LaunchTable = TABLE,
 ) -> Plan:
-    """The plan for arrays of these dtypes and dimensions; ``capability`` is 90 for 9.0, None the default device's."""
+    """The plan for arrays of these dtypes and dimensions; ``capability`` is 90 for 9.0, None the default device's.
+
+    ``table`` is TABLE or PARALLAX_TABLE.
+    """
     arithmetic = _arithmetic(jnp.dtype(query.dtype), precision)
     capability = capability_here() if capability is None else capability
     operand_bytes = 4 if arithmetic.upcast else query.dtype.itemsize
     widest = max(64, padded(query.shape[-1]), padded(value.shape[-1]))
-    launches = {name: entries(name, operand_bytes, capability)[widest] for name in ("forward", "query", "key")}
-    if few_keys:
+    launches = {name: entries(name, operand_bytes, capability, table)[widest] for name in ("forward", "query", "key")}
+    if few_keys and table is TABLE:
         launches |= {
             name: launch
             for (least, name, size, dim), launch in FEW_KEYS.items()

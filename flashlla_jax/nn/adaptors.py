@@ -196,5 +196,5 @@ class AttentionFn:
             # a decode step, where it sees the cache: its token is the last, causal or not
             exact = {name: getattr(self, name) for name in ("ridge_lambda", "qk_scale", "implementation")}
             return core.attend_one(query, key, value, mask=mask, precision=precision, **exact)
-        options = vars(self) | {"is_causal": self.is_causal or is_causal}
+        options: dict[str, Any] = vars(self) | {"is_causal": self.is_causal or is_causal}
         return core.attend(query, key, value, mask=mask, precision=precision, **options)

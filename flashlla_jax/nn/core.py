@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,10 +30,11 @@ from flashlla_jax.arguments import (
     check_window,
 )
 from flashlla_jax.attention import lla_attention
-from flashlla_jax.decode import lla_decode
+from flashlla_jax.decode import lla_decode, parallax_decode
 from flashlla_jax.decode_arguments import MOST_TOKENS
 from flashlla_jax.interface import accumulation_dtype
 from flashlla_jax.nn.rope import rotate
+from flashlla_jax.parallax import parallax_attention
 
 Segments = Int[Array, "*batch L"] | tuple[Int[Array, "*batch T"], Int[Array, "*batch S"]]
 Lengths = Int[Array, "*batch"]
@@ -43,6 +45,8 @@ Positions = Int[Array, "*#batch T"] | Float[Array, "*#batch T"]
 class Settings:
     """The static side of a module's attention; the arguments of ``lla_attention`` have its names and meaning.
 
+    Parallax has no use for ``cg_*``.
+
     Attributes:
         dtype: The dtype to which query, key and value are promoted; None to infer it from them.
         rope: Base of the rotary position embedding, or None for none.
@@ -52,13 +56,13 @@ class Settings:
     dtype: Any
     rope: float | None
     qk_scale: float | None
-    cg_atol: float | None
-    cg_rtol: float | None
-    cg_max_iters: int | None
-    cg_use_preconditioner: bool
     precision: Any
     implementation: Implementation | None
     local_window_size: tuple[int, int] | None
+    cg_atol: float | None = None
+    cg_rtol: float | None = None
+    cg_max_iters: int | None = None
+    cg_use_preconditioner: bool = False
 
     def check(self, head_dim: int) -> None:
         """Refuse now, when a module is built, settings that would fail in its first call."""
@@ -107,7 +111,7 @@ def check_dropout(dropout_rate: float) -> None:
 def check_attention_fn(attention_fn: Any) -> None:
     if attention_fn is not None:
         raise NotImplementedError(
-            "attention_fn must be None: LLAttention is Local Linear Attention; Flax's own module takes another function"
+            "attention_fn must be None: this module is its own attention function; Flax's own module takes another one"
         )
 
 
@@ -210,6 +214,7 @@ def attend(
     key: Float[Array, "*batch S K D"],
     value: Float[Array, "*batch S K Dv"],
     *,
+    probe: Float[Array, "*batch T N D"] | None = None,
     mask: Any = None,
     segment_ids: Any = None,
     query_seq_lengths: Any = None,
@@ -218,15 +223,18 @@ def attend(
 ) -> Float[Array, "*batch T N Dv"]:
     """``lla_attention`` in Flax's layout: any number of batch axes, and masks as Flax makes them.
 
+    With a probe it is ``parallax_attention``.
+
     Args:
         query: Any number of batch axes, none included.
         key: The same batch axes as the query.
         value: The same batch axes as the query.
+        probe: Shaped as the query, or None.
         mask: Broadcastable to ``[*batch, N, T, S]``; nonzero is visible.
         segment_ids: ``[*batch, L]`` where T = S = L, or a pair of a ``[*batch, T]`` and a ``[*batch, S]`` array.
         query_seq_lengths: ``[*batch]``.
         key_value_seq_lengths: ``[*batch]``.
-        options: The other arguments of ``lla_attention``.
+        options: The other arguments of ``lla_attention``, or of ``parallax_attention``.
     """
     batch = query.shape[:-3]
     if not batch == key.shape[:-3] == value.shape[:-3]:
@@ -242,8 +250,13 @@ def attend(
     for name, given in lengths.items():
         if given is not None:
             options[name] = _fold_batch(name, given, batch)
-    o = lla_attention(_fold(query), _fold(key), _fold(value), **options)
+    arrays = (_fold(query), _fold(key), _fold(value))
+    o = lla_attention(*arrays, **options) if probe is None else _by_probe(probe, *arrays, **options)
     return o.reshape(*batch, *o.shape[1:])
+
+
+def _by_probe(probe: Array, query: Array, key: Array, value: Array, **options: Any) -> Array:
+    return parallax_attention(query, _fold(probe), key, value, **options)
 
 
 def forward(
@@ -252,28 +265,42 @@ def forward(
     key: Float[Array, "*batch S K D"],
     value: Float[Array, "*batch S K D"],
     *,
-    ridge_lambda: Any,
+    ridge_lambda: Any = None,
+    probe: Float[Array, "*batch T N D"] | None = None,
     is_causal: bool,
     mask: Any,
     positions: Positions | None,
     **hiding: Any,
 ) -> Float[Array, "*batch T N D"]:
-    """Attention without a cache; ``hiding`` is the segments and lengths that ``attend`` takes.
+    """Attention without a cache, with a ridge or with a probe; ``hiding`` is the segments and lengths of ``attend``.
 
+    The probe meets the rotated keys, so it is rotated as the queries are: then only differences of positions matter.
     Positions for ``rope`` count from 0; with ``is_causal`` and more keys than queries the queries are the last ones, as
     they are in ``lla_attention``.
     """
-    query, key, value = promote_dtype((query, key, value), dtype=settings.dtype)
+    query, probe, key, value = _promoted(settings, query, probe, key, value)
     length, key_length = query.shape[-3], key.shape[-3]
     check_positions(positions, settings.rope)
-    if positions is not None:
-        query, key = (_rotate(settings, x, positions) for x in (query, key))
-    elif settings.rope is not None:
+    if settings.rope is not None:
         first = key_length - length if is_causal else 0
-        query = _rotate(settings, query, first + jnp.arange(length, dtype=jnp.int32))
-        key = _rotate(settings, key, jnp.arange(key_length, dtype=jnp.int32))
+        of_queries = first + jnp.arange(length, dtype=jnp.int32) if positions is None else positions
+        query, probe = _rotated(settings, query, probe, of_queries)
+        key = _rotate(settings, key, jnp.arange(key_length, dtype=jnp.int32) if positions is None else positions)
     options = _operator_options(settings, ridge_lambda, is_causal=is_causal, implementation=settings.implementation)
-    return attend(query, key, value, mask=mask, **hiding, **options)
+    return attend(query, key, value, probe=probe, mask=mask, **hiding, **options)
+
+
+def _promoted(settings: Settings, query: Array, probe: Array | None, key: Array, value: Array) -> Any:
+    """The four in one dtype; a probe that is None stays it."""
+    if probe is None:
+        query, key, value = promote_dtype((query, key, value), dtype=settings.dtype)
+        return query, None, key, value
+    return promote_dtype((query, probe, key, value), dtype=settings.dtype)
+
+
+def _rotated(settings: Settings, query: Array, probe: Array | None, positions: Positions) -> tuple[Array, Array | None]:
+    query = _rotate(settings, query, positions)
+    return query, None if probe is None else _rotate(settings, probe, positions)
 
 
 def attend_one(
@@ -299,7 +326,8 @@ def decode(
     value: Float[Array, "*batch T K D"],
     cache: Cache,
     *,
-    ridge_lambda: Any,
+    ridge_lambda: Any = None,
+    probe: Float[Array, "*batch T N D"] | None = None,
     is_causal: bool,
     mask: Any,
     positions: Positions | None,
@@ -308,7 +336,8 @@ def decode(
 ) -> tuple[Float[Array, "*batch T N D"], Cache]:
     """Append T tokens to the cache and attend from them. Gives what a causal forward pass gives at their positions.
 
-    Few tokens take ``lla_decode``, to which ``cg_*`` do not apply; more, or ``lengths``, take ``lla_attention``.
+    Few tokens take ``lla_decode``, to which ``cg_*`` do not apply; more, or ``lengths``, take ``lla_attention``. With a
+    probe these are ``parallax_decode`` and ``parallax_attention``.
 
     Args:
         settings: The module's.
@@ -316,7 +345,8 @@ def decode(
         key: The new tokens'.
         value: The new tokens'.
         cache: The cache before them.
-        ridge_lambda: As in ``lla_attention``.
+        ridge_lambda: As in ``lla_attention``; None with a probe.
+        probe: The new tokens', or None.
         is_causal: Must be True.
         mask: Broadcastable to ``[*batch, N, T, S]``, S being the cache's capacity.
         positions: For ``rope``; None to count from ``cache.filled``.
@@ -333,7 +363,7 @@ def decode(
     """
     if not is_causal:
         raise ValueError("decode=True needs is_causal=True: a token cannot see what is not in the cache yet")
-    query, key, value = promote_dtype((query, key, value), dtype=settings.dtype)
+    query, probe, key, value = _promoted(settings, query, probe, key, value)
     _check_tokens(query, key, value, cache)
     length, capacity = query.shape[-3], cache.key.shape[-3]
     batch = query.shape[:-3]
@@ -347,7 +377,8 @@ def decode(
     if settings.rope is not None:
         if positions is None:
             positions = first[..., None] + jnp.arange(length, dtype=jnp.int32).reshape((1,) * first.ndim + (length,))
-        query, key = (_rotate(settings, x, positions) for x in (query, key))
+        query, probe = _rotated(settings, query, probe, positions)
+        key = _rotate(settings, key, positions)
 
     sound = (first >= 0) & (first + new <= capacity)
     # a negative position stays negative: positions before the first were never written
@@ -358,9 +389,9 @@ def decode(
     )
     seen = _Seen(jnp.broadcast_to(first, batch), lengths, starts, mask)
     if length <= MOST_TOKENS and lengths is None:
-        o = _few_tokens(settings, query, cache, ridge_lambda, seen)
+        o = _few_tokens(settings, query, probe, cache, ridge_lambda, seen)
     else:
-        o = _many_tokens(settings, query, cache, ridge_lambda, seen)
+        o = _many_tokens(settings, query, probe, cache, ridge_lambda, seen)
     return jnp.where(jnp.broadcast_to(sound, batch)[..., None, None, None], o, jnp.nan), cache
 
 
@@ -441,28 +472,32 @@ def _append(
     return written.reshape(cache.shape)
 
 
-def _few_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: Any, seen: _Seen) -> Array:
+def _few_tokens(
+    settings: Settings, query: Array, probe: Array | None, cache: Cache, ridge_lambda: Any, seen: _Seen
+) -> Array:
     """The last tokens of the cache by the exact step; its state is a D x D matrix per token and head."""
     *batch, length, heads, _ = query.shape
     capacity = cache.key.shape[-3]
     mask = None if seen.mask is None else _fold_mask(seen.mask, (*batch, heads, length, capacity))
-    o = lla_decode(
-        _fold(query),
-        _fold(cache.key),
-        _fold(cache.value),
-        seen.first.reshape(-1) + length,
-        starts=None if seen.starts is None else seen.starts.reshape(-1),
-        mask=mask,
-        local_window_size=settings.local_window_size,
-        ridge_lambda=ridge_lambda,
-        qk_scale=settings.qk_scale,
-        precision=settings.precision,
-        implementation=settings.implementation,
-    )
+    options: dict[str, Any] = {
+        "starts": None if seen.starts is None else seen.starts.reshape(-1),
+        "mask": mask,
+        "local_window_size": settings.local_window_size,
+        "qk_scale": settings.qk_scale,
+        "precision": settings.precision,
+        "implementation": settings.implementation,
+    }
+    written = (_fold(cache.key), _fold(cache.value), seen.first.reshape(-1) + length)
+    if probe is None:
+        o = lla_decode(_fold(query), *written, ridge_lambda=ridge_lambda, **options)
+    else:
+        o = parallax_decode(_fold(query), _fold(probe), *written, **options)
     return o.reshape(query.shape)
 
 
-def _many_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: Any, seen: _Seen) -> Array:
+def _many_tokens(
+    settings: Settings, query: Array, probe: Array | None, cache: Cache, ridge_lambda: Any, seen: _Seen
+) -> Array:
     """The last tokens of the cache by the operator, in linear memory, except for a mask."""
     *batch, length, heads, _ = query.shape
     capacity = cache.key.shape[-3]
@@ -473,7 +508,8 @@ def _many_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: A
         mask = begun if mask is None else mask & begun
     new = length if seen.lengths is None else seen.lengths
     options = _operator_options(settings, ridge_lambda, is_causal=True, implementation=settings.implementation)
-    o = lla_attention(
+    run: Any = lla_attention if probe is None else partial(_by_probe, probe)
+    o = run(
         _fold(query),
         *(_fold(x.astype(query.dtype)) for x in (cache.key, cache.value)),
         mask=mask,
@@ -486,16 +522,11 @@ def _many_tokens(settings: Settings, query: Array, cache: Cache, ridge_lambda: A
 
 
 def _operator_options(settings: Settings, ridge_lambda: Any, **options: Any) -> dict[str, Any]:
-    names = (
-        "qk_scale",
-        "cg_atol",
-        "cg_rtol",
-        "cg_max_iters",
-        "cg_use_preconditioner",
-        "precision",
-        "local_window_size",
-    )
-    return {name: getattr(settings, name) for name in names} | {"ridge_lambda": ridge_lambda} | options
+    names = ("qk_scale", "precision", "local_window_size")
+    if ridge_lambda is not None:
+        names = (*names, "cg_atol", "cg_rtol", "cg_max_iters", "cg_use_preconditioner")
+        options["ridge_lambda"] = ridge_lambda
+    return {name: getattr(settings, name) for name in names} | options
 
 
 def _rotate(settings: Settings, x: Array, positions: Positions) -> Array:

@@ -1,9 +1,9 @@
-"""``LLAttention`` for Flax Linen, the twin of :class:`flashlla_jax.LLAttention`."""
+"""``LLAttention`` and ``ParallaxAttention`` for Flax Linen, the twins of those of the same names for NNX."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -13,52 +13,24 @@ from flashlla_jax.attention import Implementation
 from flashlla_jax.nn import core
 
 
-class LLAttention(nn.MultiHeadDotProductAttention):
-    """Local Linear Attention with the parameters, the arguments and the cache of ``nn.MultiHeadDotProductAttention``.
+class _Attention(nn.MultiHeadDotProductAttention):
+    """What the modules of this file have in common: all but their own attributes and what they are computed with."""
 
-    The attributes are those of ``nn.MultiHeadDotProductAttention``, in its order, then the following, which are those
-    of :class:`flashlla_jax.LLAttention`; the parameters of either module fit the other. Attention is causal unless
-    ``is_causal=False``. ``dropout_rate``, ``attention_fn`` and the two einsum classes cannot be served and must be left
-    as they are; the softmax weights of 16-bit inputs are float32 whatever ``force_fp32_for_softmax`` says.
-    Encoder-decoder cross-attention needs ``is_causal=False``: by default, where ``inputs_k`` is longer than
-    ``inputs_q``, the last query is aligned with the last key.
+    if TYPE_CHECKING:  # the subclasses' attributes, which have an order of their own
+        num_kv_heads: int | None = None
+        is_causal: bool = True
+        local_window_size: int | tuple[int, int] | None = None
+        rope: float | None = None
+        qk_scale: float | None = None
+        implementation: Implementation | None = None
 
-    With ``decode=True`` the ``cache`` collection is made by ``init`` from inputs as long as the cache is to be, as in
-    Flax. A call with ``mutable=["cache"]`` then takes any number of tokens; overrunning the cache is a ValueError, or
-    NaN where the cache is traced.
+    def _solver(self) -> dict[str, Any]:
+        """The settings that no other method has."""
+        return {}
 
-    Attributes:
-        num_kv_heads: Key/value heads, dividing ``num_heads``; None for ``num_heads``.
-        is_causal: Whether a query sees only the keys up to its own position, aligned at the end.
-        local_window_size: As in :class:`flashlla_jax.LLAttention`; None for no window.
-        ridge_lambda: The ridge, a number > 0; the initial value where it is learned.
-        learn_ridge: Whether every head learns its ridge, ``ridge_floor + softplus(raw_ridge)``; the parameter
-            ``raw_ridge``, ``(num_heads,)``, should be left out of weight decay.
-        ridge_floor: The lower bound of a learned ridge, > 0 and < ``ridge_lambda``.
-        rope: Base of a rotary position embedding of queries and keys, applied after ``normalize_qk``; None for none.
-            It turns feature i together with feature i + head_dim / 2 (half-split).
-        qk_scale: As in :func:`flashlla_jax.lla_attention`, and so are the following.
-        cg_atol: See :func:`flashlla_jax.lla_attention`.
-        cg_rtol: See :func:`flashlla_jax.lla_attention`.
-        cg_max_iters: See :func:`flashlla_jax.lla_attention`.
-        cg_use_preconditioner: See :func:`flashlla_jax.lla_attention`.
-        implementation: See :func:`flashlla_jax.lla_attention`; with a cache also of :func:`flashlla_jax.lla_decode`.
-    """
-
-    attention_fn: Any = None
-    num_kv_heads: int | None = None
-    is_causal: bool = True
-    local_window_size: int | tuple[int, int] | None = None
-    ridge_lambda: float = 10.0
-    learn_ridge: bool = False
-    ridge_floor: float = 0.01
-    rope: float | None = None
-    qk_scale: float | None = None
-    cg_atol: float | None = None
-    cg_rtol: float | None = None
-    cg_max_iters: int | None = None
-    cg_use_preconditioner: bool = False
-    implementation: Implementation | None = None
+    def _of_method(self, inputs_q: Array, heads: Any, head_dim: int) -> dict[str, Any]:
+        """``{"ridge_lambda": ...}`` or ``{"probe": ...}``; ``heads`` makes a projection into heads."""
+        raise NotImplementedError
 
     @nn.compact
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -107,8 +79,7 @@ class LLAttention(nn.MultiHeadDotProductAttention):
         """
         core.check_dropout(self.dropout_rate)
         core.check_attention_fn(self.attention_fn)
-        core.check_flags(is_causal=self.is_causal, learn_ridge=self.learn_ridge)
-        core.check_ridge(self.ridge_lambda, self.ridge_floor if self.learn_ridge else None)
+        core.check_flags(is_causal=self.is_causal)
         core.check_sow_weights(sow_weights)
         core.check_einsums(self.qk_attn_weights_einsum_cls, self.attn_weights_value_einsum_cls)
         if inputs_kv is not None:
@@ -125,13 +96,10 @@ class LLAttention(nn.MultiHeadDotProductAttention):
             dtype=self.dtype,
             rope=self.rope,
             qk_scale=self.qk_scale,
-            cg_atol=self.cg_atol,
-            cg_rtol=self.cg_rtol,
-            cg_max_iters=self.cg_max_iters,
-            cg_use_preconditioner=self.cg_use_preconditioner,
             precision=self.precision,
             implementation=self.implementation,
             local_window_size=core.check_local_window_size(self.local_window_size),
+            **self._solver(),
         )
         settings.check(features // self.num_heads)
 
@@ -158,7 +126,7 @@ class LLAttention(nn.MultiHeadDotProductAttention):
             query, key = norm(name="query_ln")(query), norm(name="key_ln")(key)
 
         arguments: dict[str, Any] = {
-            "ridge_lambda": self._ridge(),
+            **self._of_method(inputs_q, heads, head_dim),
             "is_causal": self.is_causal,
             "mask": mask,
             "positions": input_positions,
@@ -199,9 +167,97 @@ class LLAttention(nn.MultiHeadDotProductAttention):
             self.variable("cache", "cache_index", jnp.zeros, (), jnp.int32),
         )
 
+
+class LLAttention(_Attention):
+    """Local Linear Attention with the parameters, the arguments and the cache of ``nn.MultiHeadDotProductAttention``.
+
+    The attributes are those of ``nn.MultiHeadDotProductAttention``, in its order, then the following, which are those
+    of :class:`flashlla_jax.LLAttention`; the parameters of either module fit the other. Attention is causal unless
+    ``is_causal=False``. ``dropout_rate``, ``attention_fn`` and the two einsum classes cannot be served and must be left
+    as they are; the softmax weights of 16-bit inputs are float32 whatever ``force_fp32_for_softmax`` says.
+    Encoder-decoder cross-attention needs ``is_causal=False``: by default, where ``inputs_k`` is longer than
+    ``inputs_q``, the last query is aligned with the last key.
+
+    With ``decode=True`` the ``cache`` collection is made by ``init`` from inputs as long as the cache is to be, as in
+    Flax. A call with ``mutable=["cache"]`` then takes any number of tokens; overrunning the cache is a ValueError, or
+    NaN where the cache is traced.
+
+    Attributes:
+        num_kv_heads: Key/value heads, dividing ``num_heads``; None for ``num_heads``.
+        is_causal: Whether a query sees only the keys up to its own position, aligned at the end.
+        local_window_size: As in :class:`flashlla_jax.LLAttention`; None for no window.
+        ridge_lambda: The ridge, a number > 0; the initial value where it is learned.
+        learn_ridge: Whether every head learns its ridge, ``ridge_floor + softplus(raw_ridge)``; the parameter
+            ``raw_ridge``, ``(num_heads,)``, should be left out of weight decay.
+        ridge_floor: What a learned ridge stays above, > 0 and < ``ridge_lambda``.
+        rope: Base of a rotary position embedding of queries and keys, applied after ``normalize_qk``; None for none.
+        qk_scale: As in :func:`flashlla_jax.lla_attention`, and so are the following.
+        cg_atol: See :func:`flashlla_jax.lla_attention`.
+        cg_rtol: See :func:`flashlla_jax.lla_attention`.
+        cg_max_iters: See :func:`flashlla_jax.lla_attention`.
+        cg_use_preconditioner: See :func:`flashlla_jax.lla_attention`.
+        implementation: See :func:`flashlla_jax.lla_attention`; with a cache also of :func:`flashlla_jax.lla_decode`.
+    """
+
+    attention_fn: Any = None
+    num_kv_heads: int | None = None
+    is_causal: bool = True
+    local_window_size: int | tuple[int, int] | None = None
+    ridge_lambda: float = 10.0
+    learn_ridge: bool = False
+    ridge_floor: float = 0.01
+    rope: float | None = None
+    qk_scale: float | None = None
+    cg_atol: float | None = None
+    cg_rtol: float | None = None
+    cg_max_iters: int | None = None
+    cg_use_preconditioner: bool = False
+    implementation: Implementation | None = None
+
+    def _solver(self) -> dict[str, Any]:
+        core.check_flags(learn_ridge=self.learn_ridge)
+        core.check_ridge(self.ridge_lambda, self.ridge_floor if self.learn_ridge else None)
+        names = ("cg_atol", "cg_rtol", "cg_max_iters", "cg_use_preconditioner")
+        return {name: getattr(self, name) for name in names}
+
+    def _of_method(self, inputs_q: Array, heads: Any, head_dim: int) -> dict[str, Any]:
+        return {"ridge_lambda": self._ridge()}
+
     def _ridge(self) -> float | Float[Array, " N"]:
         if not self.learn_ridge:
             return self.ridge_lambda
         initial = core.raw_ridge(self.ridge_lambda, self.ridge_floor)
         raw = self.param("raw_ridge", nn.initializers.constant(initial), (self.num_heads,), self.param_dtype)
         return core.learned_ridge(raw, self.ridge_floor)
+
+
+class ParallaxAttention(_Attention):
+    """Parallax with the parameters, the arguments and the cache of ``nn.MultiHeadDotProductAttention``.
+
+    The twin of :class:`flashlla_jax.ParallaxAttention`, whose parameters fit: those of Flax's module and ``probe``,
+    which starts at 0, so that a new layer is softmax attention exactly. All else is as in :class:`LLAttention`.
+
+    Attributes:
+        num_kv_heads: As in :class:`LLAttention`, and so are the following but for the last two.
+        is_causal: See :class:`LLAttention`.
+        local_window_size: See :class:`LLAttention`.
+        rope: See :class:`LLAttention`; the probe is rotated as the queries are.
+        qk_scale: See :func:`flashlla_jax.parallax_attention`.
+        probe_kernel_init: Initialiser of the probe's kernel; its bias starts at 0.
+        implementation: See :func:`flashlla_jax.parallax_attention`; with a cache also of
+            :func:`flashlla_jax.parallax_decode`.
+    """
+
+    attention_fn: Any = None
+    num_kv_heads: int | None = None
+    is_causal: bool = True
+    local_window_size: int | tuple[int, int] | None = None
+    rope: float | None = None
+    qk_scale: float | None = None
+    probe_kernel_init: Any = nn.initializers.zeros_init()
+    implementation: Implementation | None = None
+
+    def _of_method(self, inputs_q: Array, heads: Any, head_dim: int) -> dict[str, Any]:
+        zeros = nn.initializers.zeros_init()
+        probe = heads((self.num_heads, head_dim), kernel_init=self.probe_kernel_init, bias_init=zeros, name="probe")
+        return {"probe": probe(inputs_q)}

@@ -18,7 +18,151 @@ from flashlla_jax.attention import Implementation, lla_attention
 from flashlla_jax.nn import core
 
 
-class LLAttention(nnx.MultiHeadAttention):
+class CachedAttention(nnx.MultiHeadAttention):
+    """The common part of this package's modules: the call, with a cache and without.
+
+    A method's module makes ``settings`` and ``is_causal``, and says what else its function takes.
+    """
+
+    is_causal: bool
+    settings: core.Settings
+
+    def of_method(self, inputs_q: Array, qkv_sharding: Any) -> dict[str, Any]:
+        """``{"ridge_lambda": ...}`` or ``{"probe": ...}``, of these inputs."""
+        raise NotImplementedError
+
+    def init_cache(self, input_shape: Sequence[int], dtype: Dtype = jnp.float32) -> None:
+        """Makes an empty cache, which calls with ``decode=True`` need; an old one is dropped.
+
+        A call may give any number of tokens: the whole prompt, then one or several at a time. Stacked layers, made by
+        ``nnx.vmap``, make their caches by ``nnx.vmap`` too. The cache is on one device: on a mesh, place
+        ``cached_key`` and ``cached_value`` as the keys will be.
+
+        Example::
+
+            layer.init_cache((batch, capacity, in_features))
+            nnx.vmap(lambda layer: layer.init_cache(shape), in_axes=0, out_axes=None)(stacked)
+
+        Args:
+            input_shape: ``[batch..., capacity, in_features]``: the shape of inputs that fill the cache.
+            dtype: Dtype of the cached keys and values.
+        """
+        super().init_cache(tuple(input_shape), dtype)
+
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*batch T features"],
+        inputs_k: Float[Array, "*batch S kv_features"] | None = None,
+        inputs_v: Float[Array, "*batch S kv_features"] | None = None,
+        *,
+        mask: Array | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        sow_weights: bool = False,
+        decode: bool | None = None,
+        is_causal: bool | None = None,
+        out_sharding: Any = None,
+        qkv_sharding: Any = None,
+        input_positions: core.Positions | None = None,
+        segment_ids: core.Segments | None = None,
+        query_seq_lengths: core.Lengths | None = None,
+        key_value_seq_lengths: core.Lengths | None = None,
+        decode_starts: core.Lengths | None = None,
+        decode_lengths: core.Lengths | None = None,
+    ) -> Float[Array, "*batch T out_features"]:
+        """Attention of ``inputs_q`` to ``inputs_k``, with the call signature of ``flax.nnx.MultiHeadAttention``.
+
+        Args:
+            inputs_q: Any number of batch axes, none included.
+            inputs_k: Inputs of the keys; None for ``inputs_q``.
+            inputs_v: Inputs of the values; None for ``inputs_k``.
+            mask: Which keys a query may see, on top of ``is_causal``: broadcastable to ``[batch..., num_heads, T, S]``,
+                boolean, or numbers as Flax's mask makers give them: nonzero means visible, negative is an error. With
+                a cache S is its capacity. A query that sees no key gets attention output zero.
+            deterministic: Without effect, as in Flax without dropout.
+            rngs: Without effect, as in Flax without dropout.
+            sow_weights: Must be False.
+            decode: Whether to append to the cache and attend to it; None for the constructor's, and one of the two must
+                be given, as in Flax. Any number of tokens, at the next positions. The result is that of a
+                causal call over the whole sequence.
+            is_causal: None for the constructor's.
+            out_sharding: Sharding of the output, passed to ``out``.
+            qkv_sharding: Sharding of queries, keys and values, passed to their projections.
+            input_positions: Positions of queries and keys for ``rope``, broadcastable to ``[batch..., T]``; None to
+                count from 0, or from ``cache_index``. In a packed row let them start again in each document.
+            segment_ids: Documents packed into one row: integers, ``[batch..., length]`` for queries and keys, or a pair
+                ``([batch..., T], [batch..., S])``. A query sees the keys of its own segment. Not with a cache, as are
+                the lengths.
+            query_seq_lengths: ``[batch...]``, integers: the queries beyond are padding and get attention output zero.
+            key_value_seq_lengths: ``[batch...]``, integers: the keys beyond are padding, which no query sees.
+            decode_starts: With ``decode``: for prompts that are padded on the left, the first position of each row;
+                positions before it are hidden. Give it with every call, with the tokens after the prompt too.
+                Positions for ``rope`` need no change: only their differences matter.
+            decode_lengths: With ``decode``: for prompts that are padded on the right, how many of the T tokens each
+                row has. The others are not written, and their attention output is zero. From then on ``cache_index``
+                is an array ``[batch...]``, every row's own, and tokens given without ``decode_lengths`` follow each
+                row's last.
+
+        Returns:
+            The output. NaN where tokens overrun the cache, or ``cache_index`` is negative, under ``jit``, which cannot
+            raise.
+
+        Raises:
+            ValueError: A shape does not fit; ``decode`` is given nowhere, its cache is missing or overrun, or it meets
+                ``is_causal=False``.
+            TypeError: The mask, ``input_positions``, the segments or the lengths have the wrong type or dtype.
+            NotImplementedError: ``sow_weights``, segments or lengths with a cache, or the named implementation cannot
+                serve this call.
+        """
+        core.check_dropout(self.dropout_rate)  # which set_attributes may have changed
+        core.check_sow_weights(sow_weights)
+        inputs_k, inputs_v = core.keys_and_values(inputs_q, inputs_k, inputs_v)
+        inputs = {"inputs_q": inputs_q, "inputs_k": inputs_k, "inputs_v": inputs_v}
+        for (name, x), features in zip(
+            inputs.items(), (self.in_features, self.in_kv_features, self.in_kv_features), strict=True
+        ):
+            if x.shape[-1] != features:
+                raise ValueError(f"{name} must have {features} features, got shape {x.shape}")
+        decode = first_from(
+            decode,
+            self.decode,
+            error_msg=f"decode must be given, True or False, to {type(self).__name__} or to its call",
+        )
+        hiding = {
+            "segment_ids": segment_ids,
+            "query_seq_lengths": query_seq_lengths,
+            "key_value_seq_lengths": key_value_seq_lengths,
+        }
+        if decode:
+            core.check_hiding_with_cache(**hiding)
+
+        query = self.query(inputs_q, out_sharding=qkv_sharding)
+        key = self.key(inputs_k, out_sharding=qkv_sharding)
+        value = self.value(inputs_v, out_sharding=qkv_sharding)
+        if self.query_ln is not None and self.key_ln is not None:
+            query, key = self.query_ln(query), self.key_ln(key)
+
+        arguments: dict[str, Any] = {
+            **self.of_method(inputs_q, qkv_sharding),
+            "is_causal": self.is_causal if is_causal is None else is_causal,
+            "mask": mask,
+            "positions": input_positions,
+        }
+        if not decode:
+            core.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
+            o = core.forward(self.settings, query, key, value, **arguments, **hiding)
+        else:
+            if self.cached_key is None or self.cached_value is None or self.cache_index is None:
+                raise ValueError("decode=True needs a cache: call init_cache first")
+            cache = core.Cache(self.cached_key[...], self.cached_value[...], self.cache_index[...])
+            arguments |= {"starts": decode_starts, "lengths": decode_lengths}
+            o, cache = core.decode(self.settings, query, key, value, cache, **arguments)
+            for variable, x in zip((self.cached_key, self.cached_value, self.cache_index), cache, strict=True):
+                variable.set_value(x)  # the sharding may be new, and the shape of the index
+        return self.out(o, out_sharding=out_sharding)
+
+
+class LLAttention(CachedAttention):
     """Local Linear Attention with the parameters, the arguments and the cache of ``flax.nnx.MultiHeadAttention``.
 
     ``nnx.MultiHeadAttention(num_heads=..., in_features=..., rngs=...)`` can be replaced by ``LLAttention`` with the
@@ -235,130 +379,5 @@ class LLAttention(nnx.MultiHeadAttention):
             return self.ridge_lambda
         return core.learned_ridge(self.raw_ridge[...], self.ridge_floor)
 
-    def init_cache(self, input_shape: Sequence[int], dtype: Dtype = jnp.float32) -> None:
-        """Makes an empty cache, which calls with ``decode=True`` need; an old one is dropped.
-
-        A call may give any number of tokens: the whole prompt, then one or several at a time. Stacked layers, made by
-        ``nnx.vmap``, make their caches by ``nnx.vmap`` too. The cache is on one device: on a mesh, place
-        ``cached_key`` and ``cached_value`` as the keys will be.
-
-        Example::
-
-            layer.init_cache((batch, capacity, in_features))
-            nnx.vmap(lambda layer: layer.init_cache(shape), in_axes=0, out_axes=None)(stacked)
-
-        Args:
-            input_shape: ``[batch..., capacity, in_features]``: the shape of inputs that fill the cache.
-            dtype: Dtype of the cached keys and values.
-        """
-        super().init_cache(tuple(input_shape), dtype)
-
-    def __call__(
-        self,
-        inputs_q: Float[Array, "*batch T features"],
-        inputs_k: Float[Array, "*batch S kv_features"] | None = None,
-        inputs_v: Float[Array, "*batch S kv_features"] | None = None,
-        *,
-        mask: Array | None = None,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | nnx.RngStream | None = None,
-        sow_weights: bool = False,
-        decode: bool | None = None,
-        is_causal: bool | None = None,
-        out_sharding: Any = None,
-        qkv_sharding: Any = None,
-        input_positions: core.Positions | None = None,
-        segment_ids: core.Segments | None = None,
-        query_seq_lengths: core.Lengths | None = None,
-        key_value_seq_lengths: core.Lengths | None = None,
-        decode_starts: core.Lengths | None = None,
-        decode_lengths: core.Lengths | None = None,
-    ) -> Float[Array, "*batch T out_features"]:
-        """Attention of ``inputs_q`` to ``inputs_k``, with the call signature of ``flax.nnx.MultiHeadAttention``.
-
-        Args:
-            inputs_q: Any number of batch axes, none included.
-            inputs_k: Inputs of the keys; None for ``inputs_q``.
-            inputs_v: Inputs of the values; None for ``inputs_k``.
-            mask: Which keys a query may see, on top of ``is_causal``: broadcastable to ``[batch..., num_heads, T, S]``,
-                boolean, or numbers as Flax's mask makers give them: nonzero means visible, negative is an error. With
-                a cache S is its capacity. A query that sees no key gets attention output zero.
-            deterministic: Without effect, as in Flax without dropout.
-            rngs: Without effect, as in Flax without dropout.
-            sow_weights: Must be False.
-            decode: Whether to append to the cache and attend to it; None for the constructor's, and one of the two must
-                be given, as in Flax. Any number of tokens, at the next positions. The result is that of a
-                causal call over the whole sequence.
-            is_causal: None for the constructor's.
-            out_sharding: Sharding of the output, passed to ``out``.
-            qkv_sharding: Sharding of queries, keys and values, passed to their projections.
-            input_positions: Positions of queries and keys for ``rope``, broadcastable to ``[batch..., T]``; None to
-                count from 0, or from ``cache_index``. In a packed row let them start again in each document.
-            segment_ids: Documents packed into one row: integers, ``[batch..., length]`` for queries and keys, or a pair
-                ``([batch..., T], [batch..., S])``. A query sees the keys of its own segment. Not with a cache, as are
-                the lengths.
-            query_seq_lengths: ``[batch...]``, integers: the queries beyond are padding and get attention output zero.
-            key_value_seq_lengths: ``[batch...]``, integers: the keys beyond are padding, which no query sees.
-            decode_starts: With ``decode``: for prompts that are padded on the left, the first position of each row;
-                positions before it are hidden. Give it with every call, with the tokens after the prompt too.
-                Positions for ``rope`` need no change: only their differences matter.
-            decode_lengths: With ``decode``: for prompts that are padded on the right, how many of the T tokens each
-                row has. The others are not written, and their attention output is zero. From then on ``cache_index``
-                is an array ``[batch...]``, every row's own, and tokens given without ``decode_lengths`` follow each
-                row's last.
-
-        Returns:
-            The output. NaN where tokens overrun the cache, or ``cache_index`` is negative, under ``jit``, which cannot
-            raise.
-
-        Raises:
-            ValueError: A shape does not fit; ``decode`` is given nowhere, its cache is missing or overrun, or it meets
-                ``is_causal=False``.
-            TypeError: The mask, ``input_positions``, the segments or the lengths have the wrong type or dtype.
-            NotImplementedError: ``sow_weights``, segments or lengths with a cache, or the named implementation cannot
-                serve this call.
-        """
-        core.check_dropout(self.dropout_rate)  # which set_attributes may have changed
-        core.check_sow_weights(sow_weights)
-        inputs_k, inputs_v = core.keys_and_values(inputs_q, inputs_k, inputs_v)
-        inputs = {"inputs_q": inputs_q, "inputs_k": inputs_k, "inputs_v": inputs_v}
-        for (name, x), features in zip(
-            inputs.items(), (self.in_features, self.in_kv_features, self.in_kv_features), strict=True
-        ):
-            if x.shape[-1] != features:
-                raise ValueError(f"{name} must have {features} features, got shape {x.shape}")
-        decode = first_from(
-            decode, self.decode, error_msg="decode must be given, True or False, to LLAttention or to its call"
-        )
-        hiding = {
-            "segment_ids": segment_ids,
-            "query_seq_lengths": query_seq_lengths,
-            "key_value_seq_lengths": key_value_seq_lengths,
-        }
-        if decode:
-            core.check_hiding_with_cache(**hiding)
-
-        query = self.query(inputs_q, out_sharding=qkv_sharding)
-        key = self.key(inputs_k, out_sharding=qkv_sharding)
-        value = self.value(inputs_v, out_sharding=qkv_sharding)
-        if self.query_ln is not None and self.key_ln is not None:
-            query, key = self.query_ln(query), self.key_ln(key)
-
-        arguments: dict[str, Any] = {
-            "ridge_lambda": self.ridge,
-            "is_causal": self.is_causal if is_causal is None else is_causal,
-            "mask": mask,
-            "positions": input_positions,
-        }
-        if not decode:
-            core.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
-            o = core.forward(self.settings, query, key, value, **arguments, **hiding)
-        else:
-            if self.cached_key is None or self.cached_value is None or self.cache_index is None:
-                raise ValueError("decode=True needs a cache: call init_cache first")
-            cache = core.Cache(self.cached_key[...], self.cached_value[...], self.cache_index[...])
-            arguments |= {"starts": decode_starts, "lengths": decode_lengths}
-            o, cache = core.decode(self.settings, query, key, value, cache, **arguments)
-            for variable, x in zip((self.cached_key, self.cached_value, self.cache_index), cache, strict=True):
-                variable.set_value(x)  # the sharding may be new, and the shape of the index
-        return self.out(o, out_sharding=out_sharding)
+    def of_method(self, inputs_q: Array, qkv_sharding: Any) -> dict[str, Any]:
+        return {"ridge_lambda": self.ridge}

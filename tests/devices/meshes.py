@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flashlla_jax import lla_attention
+from flashlla_jax import lla_attention, parallax_attention
 
 # How the arrays of a call come to lie on several devices.
 WAYS = ("shard_map", "explicit", "automatic")
@@ -43,12 +43,14 @@ def output_and_gradients(attend: Any, hidden: dict[str, Any], *given: jax.Array)
     return o, residuals, vjp(g)
 
 
-def attending(implementation: Any = "xla", axis_name: Any = None, **static: Any) -> Any:
-    """``lla_attention`` with its residuals, as ``output_and_gradients`` takes it."""
+def attending(implementation: Any = "xla", axis_name: Any = None, parallax: bool = False, **static: Any) -> Any:
+    """``lla_attention`` or ``parallax_attention`` with its residuals, as ``output_and_gradients`` takes it."""
 
-    def attend(hidden: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, lam: jax.Array) -> Any:
+    def attend(hidden: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, own: jax.Array) -> Any:
         options = {"implementation": implementation, "return_residuals": True, "axis_name": axis_name}
-        return lla_attention(q, k, v, ridge_lambda=lam, **hidden, **options, **static)
+        if parallax:
+            return parallax_attention(q, own, k, v, **hidden, **options, **static)
+        return lla_attention(q, k, v, ridge_lambda=own, **hidden, **options, **static)
 
     return attend
 

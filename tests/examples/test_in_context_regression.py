@@ -118,7 +118,7 @@ def test_sweep(example, tmp_path, monkeypatch, capsys):
     assert "a small version of the task" in done.stdout
     assert (tmp_path / "in_context_regression.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     finished = json.loads((tmp_path / "results.json").read_text())["finished"]
-    assert list(finished) == [f"{a} segments of 8" for a in ("lla", "softmax", "linear")]
+    assert list(finished) == [f"{a} segments of 8" for a in ("lla", "parallax", "softmax", "linear")]
     for result in finished.values():
         assert len(result["error_by_position"]) == 16
         assert result["error"] == pytest.approx(np.mean(result["error_by_position"]), rel=1e-4)

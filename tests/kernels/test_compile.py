@@ -116,11 +116,6 @@ SPILLS = {
 @cache
 def launches(capability: int, dtype: str, dim: int, precision: str, hidden: str) -> dict[str, tuple[Any, ...]]:
     """The arguments of each ``launch.call`` of a forward and backward pass, by kernel."""
-    calls = {}
-
-    def call(kernel: Any, grid: int, arrays: Any, lengths: Any, out_shapes: Any, shape: Any, constants: Any) -> Any:
-        calls[kernel.__name__.removesuffix("_kernel")] = (kernel, arrays, out_shapes, shape, constants)
-        return tuple(jnp.zeros(out.shape, out.dtype) for out in out_shapes)
 
     def gradients(q: jax.Array, k: jax.Array, v: jax.Array, lam: jax.Array, ids: jax.Array, mask: jax.Array) -> Any:
         hiding = Hiding(True, None, 0, None, None, None, True, None)
@@ -140,9 +135,20 @@ def launches(capability: int, dtype: str, dim: int, precision: str, hidden: str)
     lam = jax.ShapeDtypeStruct((1, LENGTH, 2), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 1, LENGTH, LENGTH), jnp.bool_)
+    return recorded(gradients, q, k, k, lam, ids, mask)
+
+
+def recorded(run: Callable[..., Any], *types: jax.ShapeDtypeStruct) -> dict[str, tuple[Any, ...]]:
+    """The arguments of each ``launch.call`` that ``run`` makes, by kernel."""
+    calls = {}
+
+    def call(kernel: Any, grid: int, arrays: Any, lengths: Any, out_shapes: Any, shape: Any, constants: Any) -> Any:
+        calls[kernel.__name__.removesuffix("_kernel")] = (kernel, arrays, out_shapes, shape, constants)
+        return tuple(jnp.zeros(out.shape, out.dtype) for out in out_shapes)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "call", call)
-        jax.eval_shape(gradients, q, k, k, lam, ids, mask)
+        jax.eval_shape(run, *types)
     return calls
 
 
