@@ -185,7 +185,7 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
 
     top = NO_LOGIT
     weights = tl.zeros((c.BN,), tl.float32)  # added up at the end: a sum now would make all warps wait
-    k_sum = tl.zeros((c.DP, COLUMNS), tl.float32)
+    k_sum = tl.zeros((c.DP,), tl.float32)
     v_sum = tl.zeros((c.DVP, COLUMNS), tl.float32)
     kk = tl.zeros((c.BD, c.DP), tl.float32)
     kv = tl.zeros((c.BD, c.DVP), tl.float32)
@@ -220,12 +220,13 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
         kv = product(weighted, V, kv, c)
         weight_columns = columns_of(p, DTYPE, PARTS)
         # tensor cores cut off what a sum cannot hold, always towards 0: of an offset of the keys that adds up
-        k_sum = k_sum * shrink + tl.dot(keys, weight_columns, input_precision=c.PRECISION)
+        # (as a matrix, it would be made the product's accumulator after all)
+        k_sum = k_sum * shrink + tl.sum(tl.dot(keys, weight_columns, input_precision=c.PRECISION), 1)
         v_sum = tl.dot(tl.trans(V), weight_columns, acc=v_sum, input_precision=c.PRECISION)
 
     omega = tl.sum(weights, 0)
     total = tl.where(omega > 0.0, omega, 1.0)
-    mean = tl.where(omega > 0.0, tl.sum(k_sum, 1) / total, shift)  # of the keys as the products take them
+    mean = tl.where(omega > 0.0, k_sum / total, shift)  # of the keys as the products take them
     kbar, vbar = mean - shift, tl.sum(v_sum, 1) / total
     chunk_mean, chunk_kbar = mean, kbar
     if CHUNKS > 1:
@@ -272,15 +273,19 @@ def solve_kernel(q, k, lam_ptr, interval_ptr, first_ptr, tops, omegas, means, mo
     m = tl.where(blind, 0.0, (query - origin) - kbar)
 
     A = merge_keys(partials, top, total, kbar, c)
-    # The sum of the weighted keys, as the products rounded them, is not quite what was taken for it. That error, times
-    # the mean of the keys, is in A (and times vbar in Cov(k, v)), and A is symmetric but for it.
-    mean = kbar + origin
-    error = tl.sum(A * mean[None, :], 1) - tl.sum(A * mean[:, None], 0)
-    error /= tl.maximum(tl.sum(mean * mean, 0), 1e-30)
-    A -= error[:, None] * mean[None, :]
+    along = 0.0
+    if not c.UPCAST:
+        # The sum of the weighted keys, as the products rounded them, is not quite what was taken for it. That error,
+        # times the mean of the keys, is in A (and times vbar in Cov(k, v)), and A is symmetric but for it.
+        mean = kbar + origin
+        error = tl.sum(A * mean[None, :], 1) - tl.sum(A * mean[:, None], 0)
+        error /= tl.maximum(tl.sum(mean * mean, 0), 1e-30)
+        A -= error[:, None] * mean[None, :]
     x = solve(A, tl.where(blind, 1.0, lam), m, c)
     x = tl.where((lam == lam) | blind, x, float("nan"))  # a bad ridge never gives a plausible number
-    out = vbar * (1.0 - tl.sum(error * x, 0)) + times_values(partials, top, total, kbar, vbar, x, c)
+    if not c.UPCAST:
+        along = tl.sum(error * x, 0)
+    out = (1.0 - along) * vbar + times_values(partials, top, total, kbar, vbar, x, c)
     tl.store(o + row * c.DV + dv, tl.where(blind, 0.0, out), mask=dv < c.DV)
 
 

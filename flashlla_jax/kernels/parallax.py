@@ -196,24 +196,28 @@ def forward_kernel(
     zeros = tl.zeros((c.BM,), tl.float32)
     found = attend(Rows(Q, zeros, zeros, Q, zeros, intervals), R, keys, c)
 
-    blind = found.omega == 0.0
+    # an interval that ends before it starts is empty too, whatever ``sees`` makes of it
+    blind = (intervals.end <= intervals.start) | (found.omega == 0.0)
+    omega = tl.where(blind, 0.0, found.omega)
+    vbar = tl.where(blind[:, None], 0.0, found.vbar)
+    excess = tl.where(blind[:, None], 0.0, found.excess)
     lse = found.top
-    lse_rest = tl.where(blind, NO_KEYS, tl.math.log2(safe(found.omega)))
+    lse_rest = tl.where(blind, NO_KEYS, tl.math.log2(safe(omega)))
     logsumexp = lse * c.STEEPNESS + lse_rest
     if not c.EXACT:
-        lse = tl.where(blind, NO_KEYS, found.top + tl.math.log2(safe(found.omega)))
+        lse = tl.where(blind, NO_KEYS, found.top + tl.math.log2(safe(omega)))
         logsumexp = lse
     logsumexp += c.SCALE * tl.sum(Q.to(tl.float32) * origin[None, :], 1)
     store_rows(lse_ptr + row_base, lse, m0, T, c.HEADS, c.BM)
     if c.EXACT:
         store_rows(lse_rest_ptr + row_base, lse_rest, m0, T, c.HEADS, c.BM)
-    store_rows(t_ptr + row_base, found.t, m0, T, c.HEADS, c.BM)
-    store_rows(omega_ptr + row_base, found.omega, m0, T, c.HEADS, c.BM)
+    store_rows(t_ptr + row_base, tl.where(blind, 0.0, found.t), m0, T, c.HEADS, c.BM)
+    store_rows(omega_ptr + row_base, omega, m0, T, c.HEADS, c.BM)
     store_rows(logsumexp_ptr + row_base, logsumexp * 0.6931471805599453, m0, T, c.HEADS, c.BM)  # ln 2
     base = batch.to(tl.int64) * T * c.HEADS * c.DV + head * c.DV
-    store_tile(o + base, found.vbar + found.excess, m0, T, c.HEADS * c.DV, c.DV, c.BM, c.DVP)
-    store_tile(vbar_ptr + base, found.vbar, m0, T, c.HEADS * c.DV, c.DV, c.BM, c.DVP)
-    store_tile(excess_ptr + base, found.excess, m0, T, c.HEADS * c.DV, c.DV, c.BM, c.DVP)
+    store_tile(o + base, vbar + excess, m0, T, c.HEADS * c.DV, c.DV, c.BM, c.DVP)
+    store_tile(vbar_ptr + base, vbar, m0, T, c.HEADS * c.DV, c.DV, c.BM, c.DVP)
+    store_tile(excess_ptr + base, excess, m0, T, c.HEADS * c.DV, c.DV, c.BM, c.DVP)
 
 
 @triton.jit

@@ -120,7 +120,7 @@ def test_bfloat16() -> None:
         ({"ridge_lambda": 1.0}, TypeError, "ridge_lambda"),
         ({"is_causal": 1}, TypeError, "is_causal must be True or False"),
     ],
-    ids=str,
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
 def test_refusals(argument: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
