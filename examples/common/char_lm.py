@@ -63,7 +63,7 @@ class Embed(nnx.Embed):
     H100, more than the rest of a softmax model's training step.
     """
 
-    def __call__(self, inputs: Array, *, out_sharding: Any = None) -> Array:
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         del out_sharding  # the mesh's axes are automatic
         one_hot = jax.nn.one_hot(inputs, self.num_embeddings, dtype=self.dtype)
         return jnp.matmul(one_hot, self.embedding[...].astype(self.dtype), precision="highest")
