@@ -37,7 +37,7 @@ SPILLS = {
     Entry(90, "query", "bfloat16", 64): 0,
     Entry(90, "key", "bfloat16", 64): 0,
     Entry(90, "decode", "bfloat16", 64): 0,
-    Entry(90, "forward", "bfloat16", 128): 12,
+    Entry(90, "forward", "bfloat16", 128): 132,
     Entry(90, "query", "bfloat16", 128): 0,
     Entry(90, "key", "bfloat16", 128): 56,
     Entry(90, "decode", "bfloat16", 128): 40,
