@@ -19,10 +19,12 @@ from flashlla_jax.kernels.tiles import (
     as_logits,
     as_operand,
     head_base,
+    key_program,
     key_scale,
     key_tile,
     load_cotangents,
     load_intervals,
+    load_key_tile,
     load_keys,
     load_origin,
     load_pairs,
@@ -33,6 +35,7 @@ from flashlla_jax.kernels.tiles import (
     load_values,
     log_weights,
     one_column,
+    query_program,
     rounded_product,
     sees,
     store_pairs,
@@ -84,14 +87,6 @@ class Queries(NamedTuple):
     kv_head: tl.tensor
     tiles: Tiles
     visible: Visible
-
-
-class KeyTile(NamedTuple):
-    """The keys and values whose gradients a program forms."""
-
-    K: tl.tensor
-    V: tl.tensor
-    n0: tl.tensor
 
 
 @triton.jit
@@ -241,11 +236,7 @@ def query_kernel(
     The pairs are the lse of its weights with a0, and b0 with c0; they have a place for every row of the last tile.
     EXACT: three more numbers, near_x with near_u, and the rest of the lse.
     """
-    tiles = tl.cdiv(T, c.BM)
-    tile = tiles - 1 - tl.program_id(0) % tiles  # the longest prefixes first
-    head = tl.program_id(0) // tiles % c.HEADS
-    batch = tl.program_id(0) // tiles // c.HEADS
-    kv_head = head // (c.HEADS // c.KV_HEADS)
+    tiles, tile, batch, head, kv_head = query_program(T, c)
     m0 = tile * c.BM
     row_base = batch.to(tl.int64) * T * c.HEADS + head
     row = table_row(batch, head, tiles, tile, c)
@@ -422,17 +413,10 @@ def key_kernel(
     c: tl.constexpr,
 ):
     """dk and dv of a tile of BN keys, summed in float32 over the query heads that share it."""
-    tiles = tl.cdiv(S, c.BN)
-    tile = tl.program_id(0) % tiles  # the first keys are seen by the most queries
-    kv_head = tl.program_id(0) // tiles % c.KV_HEADS
-    batch = tl.program_id(0) // tiles // c.KV_HEADS
+    tiles, tile, batch, kv_head = key_program(S, c)
     n0 = tile * c.BN
     rows_of_pairs = tl.cdiv(T, c.QUERY_BM) * c.QUERY_BM
-    k_base = head_base(k, batch, S, kv_head, c.KV_HEADS, c.D)
-    v_base = head_base(v, batch, S, kv_head, c.KV_HEADS, c.DV)
-    K = load_tile(k_base, n0, S, c.KV_HEADS * c.D, c.D, c.BN, c.DP, True, c.UPCAST)
-    V = load_tile(v_base, n0, S, c.KV_HEADS * c.DV, c.DV, c.BN, c.DVP, True, c.UPCAST)
-    at = KeyTile(K, V, n0)
+    at = load_key_tile(k, v, n0, batch, kv_head, S, c)
     dk = tl.zeros((c.BN, c.DP), tl.float32)
     dk_u = tl.zeros((c.BN, c.DP), tl.float32)
     dv = tl.zeros((c.BN, c.DVP), tl.float32)

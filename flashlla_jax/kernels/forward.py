@@ -23,6 +23,7 @@ from flashlla_jax.kernels.tiles import (
     log_weights,
     logits,
     one_column,
+    query_program,
     rounded_product,
     store_queries,
     store_rows,
@@ -175,11 +176,7 @@ def forward_kernel(
     LOW_ABOVE: the low half of x is used where it moves some kc.x by more than this. CAREFUL_ABOVE (inf: never): what
     the halves leave of x is used, and the a_ij are made to sum to 1, where that does.
     """
-    tiles = tl.cdiv(T, c.BM)
-    tile = tiles - 1 - tl.program_id(0) % tiles  # the longest prefixes first
-    head = tl.program_id(0) // tiles % c.HEADS
-    batch = tl.program_id(0) // tiles // c.HEADS
-    kv_head = head // (c.HEADS // c.KV_HEADS)
+    tiles, tile, batch, head, kv_head = query_program(T, c)
     m0 = tile * c.BM
     row_base = batch.to(tl.int64) * T * c.HEADS + head
     row = table_row(batch, head, tiles, tile, c)

@@ -74,6 +74,34 @@ class Keys(NamedTuple):
     visible: Visible
 
 
+class KeyTile(NamedTuple):
+    """The keys and values whose gradients a program forms."""
+
+    K: tl.tensor
+    V: tl.tensor
+    n0: tl.tensor
+
+
+@triton.jit
+def query_program(T, c: tl.constexpr):
+    """Of a program for a tile of queries of a head: how many tiles, and tile, batch, head and key head of its own."""
+    tiles = tl.cdiv(T, c.BM)
+    tile = tiles - 1 - tl.program_id(0) % tiles  # the longest prefixes first
+    head = tl.program_id(0) // tiles % c.HEADS
+    batch = tl.program_id(0) // tiles // c.HEADS
+    return tiles, tile, batch, head, head // (c.HEADS // c.KV_HEADS)
+
+
+@triton.jit
+def key_program(S, c: tl.constexpr):
+    """Of a program for a tile of keys of a key head: how many tiles, and tile, batch and key head of its own."""
+    tiles = tl.cdiv(S, c.BN)
+    tile = tl.program_id(0) % tiles  # the first keys are seen by the most queries
+    kv_head = tl.program_id(0) // tiles % c.KV_HEADS
+    batch = tl.program_id(0) // tiles // c.KV_HEADS
+    return tiles, tile, batch, kv_head
+
+
 @triton.jit
 def head_base(pointer, batch, length, head, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     """Where head ``head`` of batch ``batch`` starts in a contiguous (B, length, HEADS, WIDTH) array; 64-bit."""
@@ -118,6 +146,16 @@ def load_tile(
     if UPCAST:
         tile = tile.to(tl.float32)
     return tile
+
+
+@triton.jit
+def load_key_tile(k, v, n0, batch, kv_head, S, c: tl.constexpr):
+    """The ``KeyTile`` that begins at key n0."""
+    k_base = head_base(k, batch, S, kv_head, c.KV_HEADS, c.D)
+    v_base = head_base(v, batch, S, kv_head, c.KV_HEADS, c.DV)
+    K = load_tile(k_base, n0, S, c.KV_HEADS * c.D, c.D, c.BN, c.DP, True, c.UPCAST)
+    V = load_tile(v_base, n0, S, c.KV_HEADS * c.DV, c.DV, c.BN, c.DVP, True, c.UPCAST)
+    return KeyTile(K, V, n0)
 
 
 @triton.jit
