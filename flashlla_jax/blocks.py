@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flashlla_jax.interface import accumulation_dtype
 from flashlla_jax.origin import origins
+from flashlla_jax.sharding import varying_like
 from flashlla_jax.visibility import Visibility
 
 # Rows of a query block (times the query heads that share a key head) and of a key block. Measured on 2 CPU cores by
@@ -257,3 +258,56 @@ def visibility_of_blocks(
         return partial(_visible, block, key_ids, mask, keys.rows)
 
     return of
+
+
+Step = Callable[..., Any]  # of one block of queries, by a method
+
+
+def forward_by_blocks(
+    step: Step, query: Array, key: Array, value: Array, own: Array, seen: Visibility
+) -> tuple[Array, Any, Any]:
+    """The output, in the query's dtype, and what else a method keeps and tells of every query.
+
+    ``step(strips, block, keys, visible)`` gives the strips and these three of a block.
+    """
+    queries, keys = cut(query, key, value, own, seen)
+    layout, key_layout = layouts(query, key)
+    visible = visibility_of_blocks(seen, layout, key_layout)
+
+    def run(strips: Strips, of: tuple[Array, Queries]) -> tuple[Strips, tuple[Array, Any, Any]]:
+        i, block = of
+        return step(strips, block, keys, visible(i, block))
+
+    start = varying_like(empty_strips(queries, keys, backward=False), (query, key, value, own, seen))
+    _, out = lax.scan(run, start, (jnp.arange(layout.count, dtype=jnp.int32), queries))
+    o, saved, residuals = jax.tree.map(layout.join, out)
+    return o.astype(query.dtype), saved, residuals
+
+
+def backward_by_blocks(
+    step: Step, query: Array, key: Array, value: Array, own: Array, seen: Visibility, saved: Any, g: Array
+) -> tuple[Array, Array, Array, Array]:
+    """The gradients of query, key, value and ``own`` for the cotangent g of the output, in their dtypes.
+
+    ``step((strips, grads), block, keys, visible, saved, g)`` gives the pair, with the block's share of dk and dv in
+    ``grads``, and the block's other two gradients.
+    """
+    queries, keys = cut(query, key, value, own, seen)
+    layout, key_layout = layouts(query, key)
+    visible = visibility_of_blocks(seen, layout, key_layout)
+    of_queries = layout.cut(g, mode="constant").astype(queries.q.dtype)  # padding adds nothing to dk and dv
+
+    def run(carry: tuple[Strips, Keys], of: tuple[Array, Queries, Any, Array]) -> tuple[tuple[Strips, Keys], Any]:
+        i, block, of_saved, of_g = of
+        return step(carry, block, keys, visible(i, block), of_saved, of_g)
+
+    start = (empty_strips(queries, keys, backward=True), jax.tree.map(jnp.zeros_like, keys))
+    start = varying_like(start, (query, key, value, own, seen, saved, of_queries))
+    blocks = (jnp.arange(layout.count, dtype=jnp.int32), queries, jax.tree.map(layout.cut, saved), of_queries)
+    (_, grads), (dq, down) = lax.scan(run, start, blocks)
+    return (
+        layout.join(dq).astype(query.dtype),
+        key_layout.join(grads.k).astype(key.dtype),
+        key_layout.join(grads.v).astype(value.dtype),
+        layout.join(down).astype(own.dtype),
+    )

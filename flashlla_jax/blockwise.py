@@ -24,7 +24,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -35,19 +34,16 @@ from flashlla_jax.blocks import (
     Queries,
     Strips,
     add_up,
-    cut,
-    empty_strips,
+    backward_by_blocks,
+    forward_by_blocks,
     keys_by_features,
-    layouts,
     logits,
     normalised,
     product_precision,
     rows_by_features,
     rows_by_keys,
-    visibility_of_blocks,
 )
 from flashlla_jax.interface import Options, Residuals
-from flashlla_jax.sharding import varying_like
 from flashlla_jax.visibility import Visibility
 
 
@@ -249,19 +245,8 @@ def forward(
 ) -> tuple[Array, Saved, Residuals]:
     """The output, what ``backward`` needs, and the residuals; lam is a usable ridge (interface.py)."""
     tol = _tolerances(query.dtype, options)
-    queries, keys = cut(query, key, value, lam, seen)
-    layout, key_layout = layouts(query, key)
-    visible = visibility_of_blocks(seen, layout, key_layout)
-
-    def step(strips: Strips, of: tuple[Array, Queries]) -> tuple[Strips, tuple[Array, Saved, Residuals]]:
-        i, block = of
-        return _forward_block(strips, block, keys, visible(i, block), options, tol)
-
-    given = (query, key, value, lam, seen)
-    start = varying_like(empty_strips(queries, keys, backward=False), given)
-    _, out = lax.scan(step, start, (jnp.arange(layout.count, dtype=jnp.int32), queries))
-    o, saved, residuals = jax.tree.map(layout.join, out)
-    return o.astype(query.dtype), saved, residuals
+    step = partial(_forward_block, options=options, tol=tol)
+    return forward_by_blocks(step, query, key, value, lam, seen)
 
 
 def backward(
@@ -269,24 +254,5 @@ def backward(
 ) -> tuple[Array, Array, Array, Array]:
     """``(dquery, dkey, dvalue, dlam)`` for the cotangent g of the output."""
     tol = _tolerances(query.dtype, options)
-    queries, keys = cut(query, key, value, lam, seen)
-    layout, key_layout = layouts(query, key)
-    visible = visibility_of_blocks(seen, layout, key_layout)
-    g = layout.cut(g, mode="constant").astype(queries.q.dtype)  # padding adds nothing to dk and dv
-
-    def step(
-        carry: tuple[Strips, Keys], of: tuple[Array, Queries, Saved, Array]
-    ) -> tuple[tuple[Strips, Keys], tuple[Array, Array]]:
-        i, block, of_saved, of_g = of
-        return _backward_block(carry, block, keys, visible(i, block), of_saved, of_g, options, tol)
-
-    given = (query, key, value, lam, seen, saved, g)
-    start = (empty_strips(queries, keys, backward=True), jax.tree.map(jnp.zeros_like, keys))
-    blocks = (jnp.arange(layout.count, dtype=jnp.int32), queries, jax.tree.map(layout.cut, saved), g)
-    (_, grads), (dq, dlam) = lax.scan(step, varying_like(start, given), blocks)
-    return (
-        layout.join(dq).astype(query.dtype),
-        key_layout.join(grads.k).astype(key.dtype),
-        key_layout.join(grads.v).astype(value.dtype),
-        layout.join(dlam).astype(lam.dtype),
-    )
+    step = partial(_backward_block, options=options, tol=tol)
+    return backward_by_blocks(step, query, key, value, lam, seen, saved, g)
