@@ -23,7 +23,6 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -255,10 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     losses = len(range(0, config.steps, config.loss_every))
     shapes = {"error": (), "error_by_position": (config.length,), "rate": (), "loss": (losses,)}
     name = "in_context_regression"
-    chosen = [attention for attention in ATTENTIONS if attention in args.attention]
-    steps: dict[str, Any] = {"run": run, "table": table, "plot": plot}
-    steps = {step: partial(f, attentions=chosen) for step, f in steps.items()}
-    carry_out(parser, args, config, name, **steps, shapes=shapes, remarks=remarks)
+    carry_out(parser, args, config, name, run=run, table=table, plot=plot, shapes=shapes, remarks=remarks)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -262,10 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     remarks = ["a small version of the task; --preset full has the published sizes"] if args.preset == "small" else []
     remarks.append(f"{jax.devices()[0].device_kind}, {config.steps} steps of {config.batch} sequences")
     shapes = {"accuracy": (), "rate": (), "loss": (len(range(0, config.steps, config.loss_every)),)}
-    chosen = [attention for attention in ATTENTIONS if attention in args.attention]
-    steps: dict[str, Any] = {"run": run, "table": table, "plot": plot}
-    steps = {name: partial(step, attentions=chosen) for name, step in steps.items()}
-    carry_out(parser, args, config, "mqar", **steps, shapes=shapes, remarks=remarks)
+    carry_out(parser, args, config, "mqar", run=run, table=table, plot=plot, shapes=shapes, remarks=remarks)
 
 
 if __name__ == "__main__":

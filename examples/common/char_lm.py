@@ -16,7 +16,7 @@ from flax import nnx
 
 from .meshes import Placement
 from .stdlib_text import END, VOCABULARY, Text, windows
-from .transformer import LLA, Array, Transformer
+from .transformer import LLA, Array, Transformer, decayed
 
 try:
     import optax
@@ -100,14 +100,6 @@ def abstract_model(config: Config) -> tuple[Any, Any]:
     """The model's structure and the shapes of its parameters; computes nothing."""
     graph, params = nnx.split(nnx.eval_shape(lambda: CharLM(config, rngs=nnx.Rngs(0))))
     return graph, nnx.to_pure_dict(params)
-
-
-def decayed(params: Any) -> Any:
-    """Where weight decay applies: to kernels and embeddings.
-
-    Not to LLA's learned ridge, which decay would pull to an arbitrary value, nor to the norms' scales and to biases.
-    """
-    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

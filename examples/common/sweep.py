@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from .runs import RunError, again, check_config, number, prepare_folder, seed, write
-from .transformer import ATTENTIONS, DTYPES, IMPLEMENTATIONS, Array
+from .transformer import ATTENTIONS, DTYPES, IMPLEMENTATIONS, Array, decayed
 
 try:
     import optax
@@ -77,16 +77,19 @@ def carry_out(
 ) -> None:
     """Trains what is missing in the output folder, then prints the remarks and the table and writes the plot.
 
-    ``shapes`` are of the numbers in a result that table and plot read.
+    ``run``, ``table`` and ``plot`` are for the methods that ``--attention`` names. ``shapes`` are of the numbers in a
+    result that table and plot read.
     """
+    attentions = [attention for attention in ATTENTIONS if attention in args.attention]
     output = args.output_dir or Path("outputs") / name / args.preset
     try:
         results = Results(output / "results.json", dataclasses.asdict(config), shapes, args.fresh)
-        run(config, results)
+        run(config, results, attentions)
         for remark in remarks:
             print(remark)
-        print(table(config, results))
-        write(output / f"{name}.png", lambda path: plot(config, results).savefig(path, dpi=110, format="png"))
+        print(table(config, results, attentions))
+        figure = plot(config, results, attentions)
+        write(output / f"{name}.png", lambda path: figure.savefig(path, dpi=110, format="png"))
     except (RunError, NotImplementedError) as error:  # the latter: an implementation that cannot run here
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
@@ -111,7 +114,7 @@ class Budget:
             optax.clip_by_global_norm(1.0),
             optax.scale_by_adam(),
             # not the learned ridge and the norms' scales
-            optax.add_decayed_weights(self.weight_decay, mask=lambda params: jax.tree.map_with_path(_decays, params)),
+            optax.add_decayed_weights(self.weight_decay, mask=decayed),
             optax.scale_by_learning_rate(lambda step: rate * shape(step)),
         )
 
@@ -122,10 +125,6 @@ def best_rate(scores: np.ndarray) -> int:
     if not finite.any():
         raise RunError("every learning rate diverged; lower --rates")
     return int(np.argmax(np.where(finite, scores, -np.inf)))
-
-
-def _decays(path: Any, _: Any) -> bool:
-    return path[-1].key in ("kernel", "embedding")
 
 
 @dataclass(frozen=True)

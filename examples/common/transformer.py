@@ -277,3 +277,11 @@ def compute_dtype(name: str, head_dim: int) -> Any:
 
 def count_parameters(params: Any) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+
+def decayed(params: Any) -> Any:
+    """Where weight decay applies: to kernels and embeddings.
+
+    Not to LLA's learned ridge, which decay would pull to an arbitrary value, nor to the norms' scales and to biases.
+    """
+    return jax.tree.map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
