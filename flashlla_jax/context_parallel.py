@@ -215,13 +215,28 @@ class _Halves(NamedTuple):
         pairs = [(device, min(chunk, 2 * self.devices - 1 - chunk)) for device, chunk in enumerate(chunks)]
         if all(source == target for source, target in pairs):
             return halves
-        pairs = [pair[::-1] for pair in pairs] if back else pairs
+        pairs = tuple(pair[::-1] for pair in pairs) if back else tuple(pairs)
         sent: dict[int, Array] = {}
         for batch in sorted({x.shape[0] for x in halves}):
             places = [i for i, x in enumerate(halves) if x.shape[0] == batch]
-            packed, unpack = _packed([halves[i] for i in places])
-            sent |= zip(places, unpack(lax.ppermute(packed, self.axes, pairs)), strict=True)
+            sent |= zip(places, _permuted(self.axes, pairs, [halves[i] for i in places]), strict=True)
         return [sent[i] for i in range(len(halves))]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _permuted(axes: Axes, pairs: tuple[tuple[int, int], ...], arrays: list[Array]) -> list[Array]:
+    """Arrays of one batch size, sent as one. JAX takes the derivative of integers for zero, so it is told here."""
+    packed, unpack = _packed(arrays)
+    return unpack(lax.ppermute(packed, axes, pairs))
+
+
+@_permuted.defjvp
+def _permuted_jvp(axes: Axes, pairs: Any, primals: Any, tangents: Any) -> tuple[list[Array], list[Any]]:
+    (arrays,), (moved,) = primals, tangents
+    floats = [i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
+    sent = _permuted(axes, pairs, [moved[i] for i in floats]) if floats else []
+    moved = dict(enumerate(moved)) | dict(zip(floats, sent, strict=True))
+    return _permuted(axes, pairs, arrays), list(moved.values())
 
 
 def _packed(arrays: list[Array]) -> tuple[Array, Callable[[Array], list[Array]]]:

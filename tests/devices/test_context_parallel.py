@@ -182,6 +182,22 @@ def test_mapped_inside_of_shard_map() -> None:
     assert_alike(jax.jit(divided)(q, k, v), jax.jit(expected)(q, k, v))
 
 
+@pytest.mark.slow
+def test_hessian_vector_product_inside_of_shard_map() -> None:
+    q, k, v = given()[:3]
+    rows = P(None, "x")
+    run = partial(lla_attention, axis_name="x", implementation="xla")
+    divided = jax.shard_map(run, mesh=mesh(AxisType.Auto), in_specs=(rows,) * 3, out_specs=rows)
+
+    def product(attend: Any) -> Any:
+        gradient = jax.grad(lambda *qkv: jnp.sum(jnp.sin(attend(*qkv))), argnums=(0, 1, 2))
+        return jax.jit(lambda *qkv: jax.jvp(gradient, qkv, tuple(jnp.cos(x) for x in qkv))[1])(q, k, v)
+
+    expected = product(partial(lla_attention, implementation="xla"))
+    largest = max(float(jnp.max(jnp.abs(x))) for x in expected)
+    assert_alike(product(divided), expected, atol=2e-5 * largest)
+
+
 def work(devices: int) -> np.ndarray:
     """By device, the positions that it works on, of four queries a device; and they come back as they went."""
     queries = 4 * devices
