@@ -152,7 +152,7 @@ class Trainer:
 
     def step(self, state: State, step: int) -> float:
         """Advances the state by one step in place; returns the loss of its batch."""
-        state.params, state.optimizer, loss = self._step(state.params, state.optimizer, self._text, jnp.int32(step))
+        state.params, state.optimizer, loss = self._step(state.params, state.optimizer, self._text, np.int32(step))
         return float(loss)
 
     def _validation_loss(self, params: Any, pieces: Array) -> Array:

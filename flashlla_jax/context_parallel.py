@@ -7,6 +7,9 @@ In a causal call later queries see more keys, so equal parts of the queries are 
 on two of the 2n half-chunks of the queries: device d on the d-th and on the d-th from the end. That is the same work
 for every d. The half-chunks are exchanged before the work, and the results are exchanged back after it. Outside,
 everything lies as it came. The intervals of a visibility travel with their queries, so the pass itself does not notice.
+
+All keys and their gradients, of all heads, would be most of the memory of a long call. So a long call takes its key
+heads in groups, one group after another: what is gathered, exchanged and scattered is there for one group at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +26,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from flashlla_jax.sharding import varying_like
 from flashlla_jax.visibility import Hiding, Part, Visibility, visibility
 
 Axes = tuple[str, ...]  # the mesh axes that divide a length, the first one outermost
+
+# The least rows of queries, over batch and heads, of a group of heads: 1024 programs of 64 rows, which keep an H100
+# (264 of them at a time) busy but for a few per cent at the end. Fewer would be slower.
+_ROWS_OF_A_GROUP = 65536
 
 
 def gathered(x: Array, axes: Axes) -> Array:
@@ -51,27 +60,98 @@ def over_length(run: Callable[..., Any], axes: Axes, *, backward: bool) -> Calla
 
     Its arguments are query, key, value, ridge or probe, and a ``Visibility`` of all keys, in the backward pass
     also the saved arrays and the cotangent. A forward pass gives arrays of the queries, a backward pass the four
-    gradients.
+    gradients. Of every array but those of the visibility axis 2 is the heads, or 1.
     """
 
-    def divided(query: Array, key: Array, value: Array, lam: Array, seen: Visibility, *rest: Any) -> Any:
+    def divided(query: Array, key: Array, value: Array, own: Array, seen: Visibility, *rest: Any) -> Any:
         devices = lax.axis_size(axes)
         balanced = seen.uneven and devices > 1 and query.shape[1] % 2 == 0
         halves = _Halves(axes, devices, query.shape[1]) if balanced else None
-        key, value = gathered(key, axes), gathered(value, axes)
-        if halves is not None:
-            query, lam, rows, rest = halves.exchanged((query, lam, _query_side(seen), rest))
-            seen = _with_query_side(seen, rows)
-        out = run(query, key, value, lam, seen, *rest)
-        if not backward:
-            return out if halves is None else halves.returned(out)
-        dq, dk, dv, dlam = out
-        dk, dv = (lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True) for x in (dk, dv))
-        if halves is not None:
-            dq, dlam = halves.returned((dq, dlam))
-        return dq, dk, dv, dlam
+        groups = groups_of_heads(query, key) if devices > 1 else 1
+        if groups == 1:
+            return _part(run, axes, halves, backward, query, key, value, own, seen, *rest)
+        if halves is not None:  # once for all groups
+            seen = _with_query_side(seen, halves.exchanged(_query_side(seen)))
+        part = partial(_part, _held_together(run), axes, halves, backward, exchanged=True)
+        return _one_after_another(part, groups, (query, key, value, own, seen, *rest))
 
     return divided
+
+
+def _part(
+    run: Callable[..., Any],
+    axes: Axes,
+    halves: _Halves | None,
+    backward: bool,
+    query: Array,
+    key: Array,
+    value: Array,
+    own: Array,
+    seen: Visibility,
+    *rest: Any,
+    exchanged: bool = False,
+) -> Any:
+    """What ``over_length`` makes of ``run``, for all heads of its arrays; ``exchanged``: the visibility has been."""
+    key, value = gathered(key, axes), gathered(value, axes)
+    if halves is not None:
+        rows = {} if exchanged else _query_side(seen)
+        query, own, rows, rest = halves.exchanged((query, own, rows, rest))
+        seen = _with_query_side(seen, rows)
+    out = run(query, key, value, own, seen, *rest)
+    if not backward:
+        return out if halves is None else halves.returned(out)
+    dq, dk, dv, down = out
+    dk, dv = (lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True) for x in (dk, dv))
+    if halves is not None:
+        dq, down = halves.returned((dq, down))
+    return dq, dk, dv, down
+
+
+def groups_of_heads(query: Any, key: Any) -> int:
+    """How many groups a device takes its key heads in: as many as leave each of them enough rows."""
+    batch, length, heads, _ = query.shape
+    most = (batch if isinstance(batch, int) else 1) * length * heads // _ROWS_OF_A_GROUP  # exported: may be symbolic
+    return max(n for n in range(1, key.shape[2] + 1) if key.shape[2] % n == 0 and n <= max(1, most))
+
+
+def _held_together(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, none of whose results is sent before the last one is there.
+
+    XLA would send dq back beside the computation of dk and dv, and hold it twice where the memory is at its peak.
+    """
+    return lambda *given: lax.optimization_barrier(run(*given))
+
+
+def _one_after_another(part: Callable[..., Any], groups: int, given: tuple[Any, ...]) -> Any:
+    """``part`` of one group of heads after another.
+
+    In a loop, since XLA would merge what it sees gathered twice, in the forward and in the backward pass, and keep it
+    in between.
+    """
+
+    def cut(group: Array, x: Any) -> Any:
+        if isinstance(x, Visibility):
+            return x if x.mask is None else dataclasses.replace(x, mask=of_group(group, x.mask, 1))
+        return of_group(group, x, 2)
+
+    def of_group(group: Array, x: Array, axis: int) -> Array:
+        size = x.shape[axis] // groups
+        return x if size == 0 else lax.dynamic_slice_in_dim(x, group * size, size, axis)
+
+    def put(group: Array, whole: Array, x: Array) -> Array:
+        if whole.shape == x.shape:  # a placeholder
+            return x
+        return lax.dynamic_update_slice_in_dim(whole, x, group * x.shape[2], 2)
+
+    def step(group: Array, out: Any) -> Any:
+        of_heads = jax.tree.map(partial(cut, group), given, is_leaf=lambda x: isinstance(x, Visibility))
+        # else XLA's pipelining of collectives gathers the next turn's keys before this one ends
+        of_heads, out = lax.optimization_barrier((of_heads, out))
+        return jax.tree.map(partial(put, group), out, varying_like(part(*of_heads), given))
+
+    types = jax.eval_shape(part, *given)
+    out = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)
+    return lax.fori_loop(0, groups, step, varying_like(out, given))
 
 
 def _query_side(seen: Visibility) -> dict[str, Array | None]:
@@ -81,8 +161,9 @@ def _query_side(seen: Visibility) -> dict[str, Array | None]:
 
 
 def _with_query_side(seen: Visibility, rows: dict[str, Any]) -> Visibility:
-    mask = rows["mask"]
-    return dataclasses.replace(seen, **rows | {"mask": None if mask is None else jnp.moveaxis(mask, 1, 2)})
+    if rows.get("mask") is not None:
+        rows = rows | {"mask": jnp.moveaxis(rows["mask"], 1, 2)}
+    return dataclasses.replace(seen, **rows)
 
 
 class _Halves(NamedTuple):
@@ -134,13 +215,28 @@ class _Halves(NamedTuple):
         pairs = [(device, min(chunk, 2 * self.devices - 1 - chunk)) for device, chunk in enumerate(chunks)]
         if all(source == target for source, target in pairs):
             return halves
-        pairs = [pair[::-1] for pair in pairs] if back else pairs
+        pairs = tuple(pair[::-1] for pair in pairs) if back else tuple(pairs)
         sent: dict[int, Array] = {}
         for batch in sorted({x.shape[0] for x in halves}):
             places = [i for i, x in enumerate(halves) if x.shape[0] == batch]
-            packed, unpack = _packed([halves[i] for i in places])
-            sent |= zip(places, unpack(lax.ppermute(packed, self.axes, pairs)), strict=True)
+            sent |= zip(places, _permuted(self.axes, pairs, [halves[i] for i in places]), strict=True)
         return [sent[i] for i in range(len(halves))]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _permuted(axes: Axes, pairs: tuple[tuple[int, int], ...], arrays: list[Array]) -> list[Array]:
+    """Arrays of one batch size, sent as one. JAX takes the derivative of integers for zero, so it is told here."""
+    packed, unpack = _packed(arrays)
+    return unpack(lax.ppermute(packed, axes, pairs))
+
+
+@_permuted.defjvp
+def _permuted_jvp(axes: Axes, pairs: Any, primals: Any, tangents: Any) -> tuple[list[Array], list[Any]]:
+    (arrays,), (moved,) = primals, tangents
+    floats = [i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
+    sent = _permuted(axes, pairs, [moved[i] for i in floats]) if floats else []
+    moved = dict(enumerate(moved)) | dict(zip(floats, sent, strict=True))
+    return _permuted(axes, pairs, arrays), list(moved.values())
 
 
 def _packed(arrays: list[Array]) -> tuple[Array, Callable[[Array], list[Array]]]:

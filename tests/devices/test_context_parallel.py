@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flashlla_jax import lla_attention
-from flashlla_jax.context_parallel import over_length
+from flashlla_jax.context_parallel import groups_of_heads, over_length
 from flashlla_jax.visibility import Visibility
 from tests.cases import Shape, draw
 from tests.devices.meshes import WAYS, assert_alike, attending, collectives, compiled, mesh, output_and_gradients
@@ -92,6 +92,57 @@ def test_equals_one_device(case: str, way: str) -> None:
     assert not [name for name in sent - Counter(halves) if re.search(r" (f|bf|u32\[2,)", name)]
 
 
+# so many rows a device that the two key heads are taken one after another
+LONG = Shape(batch=1024, queries=64, keys=64, heads=4, kv_heads=2, dim=8, value_dim=12)
+IN_GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "a mask of each head": ({"mask": _RNG.random((1, 4, 64, 64)) < 0.7}, {}),
+    "Parallax": ({}, {"parallax": True}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "way"),
+    [*(("plain", way) for way in WAYS), ("a mask of each head", "shard_map"), ("Parallax", "automatic")],
+)
+def test_heads_in_groups(case: str, way: str) -> None:
+    hidden, static = IN_GROUPS[case]
+    q, k, v, own, g = given(LONG)
+    if case == "Parallax":
+        own = 0.1 * q
+    run, arrays = compiled(way, {"x": 2}, hidden, static, [q, k, v, own, g], length="x")
+    one = jax.jit(partial(output_and_gradients, attending(**static)))
+    assert_alike(run(*arrays), one(jax.tree.map(jnp.asarray, hidden), q, k, v, own, g), atol=1e-4)
+
+    sent = collectives(run)
+    wide = {
+        name: n for name, n in sent.items() if re.fullmatch(r"(all-gather|reduce-scatter) f32\[1024,.*,.*,.*\]", name)
+    }
+    halves = {f"all-gather f32[1024,64,1,{dim}]": 2 for dim in (8, 12)}  # in the loops of both passes
+    assert wide == halves | {f"reduce-scatter f32[1024,32,1,{dim}]": 1 for dim in (8, 12)}
+
+
+@pytest.mark.parametrize(
+    ("query", "kv_heads", "groups"),
+    [
+        ((1, 8192, 8, 64), 8, 1),
+        ((1, 16384, 8, 64), 8, 2),
+        ((4, 4096, 8, 64), 8, 2),
+        ((1, 65536, 8, 64), 8, 8),
+        ((1, 65536, 8, 64), 1, 1),
+        ((1, 65536, 6, 64), 6, 6),
+        ((1, 43691, 6, 64), 6, 3),
+        ((1, 8, 8, 64), 8, 1),
+    ],
+    ids=str,
+)
+def test_groups_leave_enough_to_do(query: tuple[int, ...], kv_heads: int, groups: int) -> None:
+    key = (query[0], 2 * query[1], kv_heads, query[3])
+    arrays = (jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in (query, key))
+    assert groups_of_heads(*arrays) == groups
+
+
 @pytest.mark.parametrize(
     ("query", "key", "kind"),
     [
@@ -129,6 +180,22 @@ def test_mapped_inside_of_shard_map() -> None:
     divided = jax.shard_map(attend, mesh=mesh(AxisType.Auto), in_specs=(rows, over, over), out_specs=over)
     expected = jax.vmap(lla_attention, in_axes=(None, 0, 0))
     assert_alike(jax.jit(divided)(q, k, v), jax.jit(expected)(q, k, v))
+
+
+@pytest.mark.slow
+def test_hessian_vector_product_inside_of_shard_map() -> None:
+    q, k, v = given()[:3]
+    rows = P(None, "x")
+    run = partial(lla_attention, axis_name="x", implementation="xla")
+    divided = jax.shard_map(run, mesh=mesh(AxisType.Auto), in_specs=(rows,) * 3, out_specs=rows)
+
+    def product(attend: Any) -> Any:
+        gradient = jax.grad(lambda *qkv: jnp.sum(jnp.sin(attend(*qkv))), argnums=(0, 1, 2))
+        return jax.jit(lambda *qkv: jax.jvp(gradient, qkv, tuple(jnp.cos(x) for x in qkv))[1])(q, k, v)
+
+    expected = product(partial(lla_attention, implementation="xla"))
+    largest = max(float(jnp.max(jnp.abs(x))) for x in expected)
+    assert_alike(product(divided), expected, atol=2e-5 * largest)
 
 
 def work(devices: int) -> np.ndarray:

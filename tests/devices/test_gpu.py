@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.devices import Setting, call
 from tests.cases import Shape, draw, relative_error
 from tests.devices.meshes import WAYS, attending, collectives, compiled, output_and_gradients
 
@@ -52,3 +53,13 @@ def test_equals_one_gpu_and_repeats(way: str, case: str, dtype: str) -> None:
     assert all(np.array_equal(np.asarray(got[name]), np.asarray(again[name])) for name in NAMES)
     # nothing of q's size is gathered but keys and values, in each pass at most
     assert sum(n for name, n in collectives(run).items() if name.startswith("all-gather ") and "64]" in name) <= 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("length", "bound"), [(32768, 0.75), (131072, 0.6)])
+def test_each_gpu_holds_less_than_one_would(length: int, bound: float, way: str) -> None:
+    """Forward and backward, with inputs and outputs; half of it would be what no device has for another."""
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two GPUs")
+    one, each = (call(Setting("length", way, 1, length, 8, False), devices).memory for devices in (1, 2))
+    assert each <= bound * one

@@ -164,15 +164,24 @@ def test_every_device_launches_its_own(implementation: Any, explicit: bool) -> N
     assert "all_gather" not in text
 
 
-def test_every_device_launches_its_own_for_all_keys() -> None:
-    """The length divided: keys and values are gathered for each pass, and their gradients scattered."""
+@pytest.mark.parametrize(
+    ("length", "heads", "permutes"),
+    [(100, (2, 1), 4), pytest.param(65536, (4, 2), 6, marks=pytest.mark.slow)],
+    ids=["all heads at once", "heads in groups"],
+)
+def test_every_device_launches_its_own_for_all_keys(length: int, heads: tuple[int, int], permutes: int) -> None:
+    """The length divided: keys and values are gathered for each pass, and their gradients scattered.
+
+    In groups, all of it is in a loop but for the permutation of the intervals.
+    """
     mesh = two_devices(AxisType.Explicit)
-    given = arguments(dataclasses.replace(SMALL, queries=100, keys=100), "bfloat16")
+    shape = dataclasses.replace(SMALL, queries=length, keys=length, heads=heads[0], kv_heads=heads[1])
+    given = arguments(shape, "bfloat16")
     args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(None, "x"))) for x in given]
     text = jax.jit(with_gradients(attend)).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@triton_kernel_call") == 3
     sent = ("all_gather", "reduce_scatter", "collective_permute")
-    assert [text.count(f'"stablehlo.{name}"') for name in sent] == [4, 2, 4]
+    assert [text.count(f'"stablehlo.{name}"') for name in sent] == [4, 2, permutes]
 
 
 @pytest.mark.parametrize("implementation", ["triton", None])
