@@ -28,8 +28,6 @@ from tests.nn.test_modules import (
     module,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LENGTH, CAPACITY = 24, 29
 # A prompt of more tokens than the exact step takes, as many more of them, then one at a time.
 PORTIONS = (0, 11, 22, 23, 24)

@@ -19,8 +19,6 @@ from flashlla_jax.nn.linen import LLAttention as LinenLLAttention
 from flashlla_jax.nn.rope import rotate
 from tests.cases import relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FEATURES = 16
 SAME = 1e-5  # float32: some roundings of another order
 

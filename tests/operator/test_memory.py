@@ -10,6 +10,8 @@ import pytest
 
 from flashlla_jax import lla_attention
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 SHORT, LONG, DIM = 1024, 8192, 64
 
 

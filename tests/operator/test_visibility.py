@@ -19,8 +19,6 @@ from flashlla_jax.visibility import Visibility, dense, seeing_queries, seen_keys
 from tests.cases import GRADIENTS, HIDDEN, Inputs, Shape, draw, evaluate, operate, relative_error
 from tests.operator.test_memory import DIM, LONG, SHORT
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPE = Shape(2, 140, 160, 4, 2, 6, 8)  # two blocks of queries and of keys, ragged
 
 # Both paths in float64, apart by where conjugate gradients stop: as SAME in test_transforms.py.
