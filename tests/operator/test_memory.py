@@ -10,8 +10,6 @@ import pytest
 
 from flashlla_jax import lla_attention
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 SHORT, LONG, DIM = 1024, 8192, 64
 
 

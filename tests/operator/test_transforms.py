@@ -440,7 +440,7 @@ def test_exported_for_any_batch() -> None:
     def gradient(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jax.grad(lambda q: jnp.sum(lla_attention(q, k, v, implementation="xla")))(q)
 
-    q, k, v = draw(Shape(batch=3, queries=9, keys=9, heads=2, kv_heads=1, dim=4, value_dim=4), "float32")[:3]
+    q, k, v = draw(Shape(batch=3, queries=9, keys=9, heads=2, kv_heads=1, dim=4, value_dim=4))[:3]
     sizes = jax.export.symbolic_args_specs((q, k, v), ("b, 9, 2, 4", "b, 9, 1, 4", "b, 9, 1, 4"))
     exported = jax.export.export(jax.jit(gradient))(*sizes)
     assert_same(exported.call(q, k, v), jax.jit(gradient)(q, k, v))
