@@ -42,6 +42,7 @@ def _compile_quickly() -> None:
     if jax.__version__.startswith("0.10."):
         os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
     jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the scripts that tests start
 
 
 def _program(item: pytest.Item) -> str:
