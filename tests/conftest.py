@@ -16,6 +16,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)  # for test_sharding.py; the others use the first
 
+# Files whose tests stay together for a minute and more. They start first: none is left to one process at the end.
+LONGEST = (
+    "test_compile.py",
+    "test_visibility.py",
+    "test_sharding.py",
+    "test_pages.py",
+    "test_transforms.py",
+    "test_lowering.py",
+    "test_train_on_a_mesh.py",
+)
+
 # Triton interprets from its import on: these tests are run alone, with TRITON_INTERPRET=1
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
@@ -26,6 +37,7 @@ def _asks_for_a_gpu(config: pytest.Config) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Every other test is the CPU's, whatever the machine has; so are the scripts that tests start."""
+    config.option.loadscopereorder = False  # pytest-xdist's: it would start with the groups of the most tests
     if _asks_for_a_gpu(config):
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -59,6 +71,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     programs are many, so they are divided by program. All other tests of a file stay together.
     """
     of_a_gpu = _asks_for_a_gpu(config)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         alone = of_a_gpu or getattr(item, "cls", None) is not None
         item.add_marker(pytest.mark.xdist_group(_program(item) if alone else str(item.path)))
