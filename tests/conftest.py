@@ -16,6 +16,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)  # for test_sharding.py; the others use the first
 
+# Files whose tests stay together for a minute and more. They start first: none is left to one process at the end.
+LONGEST = (
+    "test_compile.py",
+    "test_visibility.py",
+    "test_sharding.py",
+    "test_pages.py",
+    "test_transforms.py",
+    "test_lowering.py",
+    "test_train_on_a_mesh.py",
+)
+
 # Triton interprets from its import on: these tests are run alone, with TRITON_INTERPRET=1
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
@@ -26,9 +37,24 @@ def _asks_for_a_gpu(config: pytest.Config) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Every other test is the CPU's, whatever the machine has; so are the scripts that tests start."""
-    if not _asks_for_a_gpu(config):
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        jax.config.update("jax_platforms", "cpu")
+    config.option.loadscopereorder = False  # pytest-xdist's: it would start with the groups of the most tests
+    if _asks_for_a_gpu(config):
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+    _compile_quickly()
+
+
+def _compile_quickly() -> None:
+    """The shapes are small, and nearly all time goes into compilation: most of XLA's optimisation is left out.
+
+    XLA's older code for fusions compiles in a third of the time. JAX 0.12 has it no more, and a flag that XLA does not
+    know ends the process. ``XLA_FLAGS= pytest`` runs the tests with the newer code.
+    """
+    if jax.__version__.startswith("0.10."):
+        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the scripts that tests start
 
 
 def _program(item: pytest.Item) -> str:
@@ -45,6 +71,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     programs are many, so they are divided by program. All other tests of a file stay together.
     """
     of_a_gpu = _asks_for_a_gpu(config)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         alone = of_a_gpu or getattr(item, "cls", None) is not None
         item.add_marker(pytest.mark.xdist_group(_program(item) if alone else str(item.path)))
@@ -70,16 +98,18 @@ def _forget_programs() -> Iterator[None]:
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """For small shapes, where nearly all time goes into compilation: LLVM's part of it is left out."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """For what takes long to run, and for tests that look at the compiled program as a user has it."""
+    jax.clear_caches()  # a program is not compiled anew for the option
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
-def as_a_script(quick_compilation: None) -> Iterator[None]:
+def as_a_script() -> Iterator[None]:
     """The suite's float64 and strict promotion are not what a user's script runs with."""
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

@@ -19,13 +19,6 @@ from tests.decode.decode_tests import CASES, SHAPE, Case, DecodeTests, poisoned,
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True, scope="module")
 def _small_blocks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode_xla, "_BLOCK_SIZE", 1)  # of D keys, the least

@@ -25,8 +25,6 @@ from flashlla_jax.visibility import Visibility
 from tests.cases import Shape, draw
 from tests.devices.meshes import WAYS, assert_alike, attending, collectives, compiled, mesh, output_and_gradients
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPE = Shape(batch=2, queries=32, keys=32, heads=4, kv_heads=2, dim=8, value_dim=12)
 _RNG = np.random.default_rng(0)
 _SCATTERED = {

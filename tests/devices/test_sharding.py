@@ -23,8 +23,6 @@ from flashlla_jax.kernels import passes
 from tests.cases import Shape, draw, operate
 from tests.devices.meshes import assert_alike, collectives, mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPE = Shape(batch=2, queries=12, keys=20, heads=4, kv_heads=2, dim=8, value_dim=12)
 BATCH, HEADS = P("x"), P(None, None, "x")
 LENGTHS = jnp.array([20, 13])

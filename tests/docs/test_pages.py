@@ -31,8 +31,8 @@ for block in re.compile(sys.argv[2], re.MULTILINE | re.DOTALL).finditer(text):
     exec(compile(code, sys.argv[1], "exec"), names)
 """
 
-# Fake devices, for the pages that need some. LLVM's optimisations are most of the time of so small programs.
-QUICKLY = {"JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+# Fake devices, for the pages that need some.
+DEVICES = {"JAX_NUM_CPU_DEVICES": "4"}
 
 
 def text(page: str) -> str:
@@ -49,7 +49,7 @@ def test_code_runs(page: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", RUNNER, str(ROOT / page), BLOCK.pattern],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | QUICKLY,
+        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"} | DEVICES,
         capture_output=True,
         text=True,
         timeout=300,

@@ -249,11 +249,11 @@ class TestTransforms:
     @pytest.mark.parametrize("axes", [(0, 0, 0, 0, 0), (0, None, 0, None, 0)], ids=str)
     def test_vmap_is_the_loop(self, axes: tuple[int | None, ...]) -> None:
         """To the bit: a program does not know how many others run."""
-        inputs, lam = self.many(3)
+        inputs, lam = self.many(2)
         args = (inputs.q, inputs.k, inputs.v, lam, inputs.g)
         args = tuple(x if axis == 0 else x[0] for x, axis in zip(args, axes, strict=True))
         got = jax.vmap(self.gradients, in_axes=axes)(*args)
-        for i in range(3):
+        for i in range(2):
             alone = self.gradients(*(x[i] if axis == 0 else x for x, axis in zip(args, axes, strict=True)))
             for name, x, y in zip(("o", *GRADIENTS), got, alone, strict=True):
                 np.testing.assert_array_equal(x[i], y, err_msg=name)
@@ -268,7 +268,7 @@ class TestTransforms:
 
     def test_grad_of_vmap(self) -> None:
         """What was broadcast gathers the gradients of all."""
-        inputs, lam = self.many(3)
+        inputs, lam = self.many(2)
 
         def loss(k: jax.Array, attend: Callable[..., jax.Array]) -> jax.Array:
             o = jax.vmap(attend, in_axes=(0, None, 0, 0))(inputs.q, k, inputs.v, lam)
@@ -283,7 +283,7 @@ class TestTransforms:
         assert relative_error(by("triton"), by("xla")) < 2e-5
 
     def test_checkpoint_under_scan(self) -> None:
-        inputs, lam = self.many(3)
+        inputs, lam = self.many(2)
 
         def loss(q: jax.Array) -> jax.Array:
             @jax.checkpoint
@@ -295,7 +295,7 @@ class TestTransforms:
             return lax.scan(step, jnp.float32(0), (q, inputs.k, inputs.v, lam, inputs.g))[0]
 
         got = jax.jit(jax.grad(loss))(inputs.q)
-        for i in range(3):
+        for i in range(2):
             dq = self.gradients(*(x[i] for x in (inputs.q, inputs.k, inputs.v, lam, inputs.g)))[1]
             # the keys' origin is a sum that XLA, outside of the kernels, may add up in another order in the loop: what
             # is promised of float32

@@ -27,8 +27,6 @@ from tests.nn.test_modules import (
     module,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RIDGE = 0.5
 
 

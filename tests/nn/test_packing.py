@@ -25,8 +25,6 @@ from tests.nn.test_modules import (
     module,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Rows of 17 tokens, packed with documents of these lengths; the ids are in no order.
 DOCUMENTS = ((5, 7, 5), (7, 5, 5))
 IDS = (4, -1, 2)

@@ -29,7 +29,6 @@ class TestBlockwise(ImplementationTests):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 class TestHardKeys(HardKeyTests):
     implementation = "xla"
 

@@ -26,7 +26,6 @@ EXACT = 1e-11
 
 pytestmark = [
     pytest.mark.parametrize("implementation", IMPLEMENTATIONS),
-    pytest.mark.usefixtures("quick_compilation"),
 ]
 
 

@@ -22,7 +22,6 @@ from tests.parallax_tests import NAMES, ParallaxTests, draw_probe, evaluate, out
 SMALL = Shape(2, 7, 10, 4, 2, 5, 3)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 class TestParallaxBlockwise(ParallaxTests):
     implementation = "xla"
 
@@ -138,7 +137,6 @@ def given() -> list[jax.Array]:
     return [*inputs[:3], draw_probe(inputs), inputs.g]
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("placed", [{"length": "x"}, {"length": None, "batch": "x"}], ids=["length", "batch"])
 def test_on_two_devices(way: str, placed: dict[str, Any]) -> None:
@@ -146,7 +144,6 @@ def test_on_two_devices(way: str, placed: dict[str, Any]) -> None:
     assert_alike(run(*arrays), on_one_device())
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_probe_that_lies_elsewhere_is_moved_to_the_query() -> None:
     on = mesh(AxisType.Explicit)
     places = (P(None, "x"), P(), P("x"), P("x"))

@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 from flashlla_jax import lla_attention
 from tests.cases import Inputs, Shape, draw, evaluate, relative_error
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Shapes are few, so that examples share compilations: the inputs are what varies.
 SHAPES = (
     Shape(2, 9, 12, 4, 2, 5, 3),
