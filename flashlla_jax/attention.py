@@ -195,10 +195,12 @@ def lla_attention(
             keys are then refused.
         delta_eps: Added, with its sign, to the denominator of the paper's equation, as in ``flashlla``; a constant
             under differentiation. >= 0.
-        cg_atol: Floor of the squared right-hand side in the stop below. >= 0; None for 0, a purely relative stop.
-        cg_rtol: A query's conjugate-gradient solve stops when ``|r|^2 <= cg_rtol * max(cg_atol, |r0|^2)``. >= 0; None
-            for the value that fits the dtype and ``precision`` (docs/numerics.md). A value below eps^4, 2e-28 for
-            float32, counts as eps^4: beyond it x gets no better, and rounding spoils the steps.
+        cg_atol: Floor of what the tolerance below multiplies. >= 0; None for 0, a purely relative stop.
+        cg_rtol: A query's conjugate-gradient solve stops when ``|r|^2 <= cg_rtol * max(cg_atol, |r0|^2)``, as in
+            ``flashlla``. >= 0. None for a stop on the error of x in the norm of A instead,
+            ``|r|^2 <= tau * max(cg_atol, lambda x.A x)``, with a tau that fits the dtype and ``precision``
+            (docs/numerics.md). A value below eps^4, 2e-28 for float32, counts as eps^4: beyond it x gets no better,
+            and rounding spoils the steps.
         cg_max_iters: Most steps of a solve, >= 1; None for ``max(32, 4 D)``. A solve that gets there has
             not converged.
         cg_use_preconditioner: Whether to precondition the solves with the diagonal of A (Jacobi).
@@ -210,7 +212,8 @@ def lla_attention(
             for the best that runs: Triton if it can serve the call, else XLA. If you name one, it runs or it raises
             an error. If None means XLA although there is an NVIDIA GPU, a warning says why.
         return_residuals: Whether to return ``(o, residuals)``, residuals being a
-            :class:`~flashlla_jax.Residuals` (omega, logsumexp, iterations, residual_norm) of constants.
+            :class:`~flashlla_jax.Residuals` (omega, logsumexp, iterations, residual_norm,
+            relative_error, converged) of constants.
         axis_name: Inside ``jax.shard_map``, the mesh axis, or tuple of mesh axes, over which the length of query, key
             and value is divided, the earlier parts on the earlier devices; None if each device has whole sequences.
             B, T and S are then those of this device, in ridge, segments and mask too. But ``query_seq_lengths``,

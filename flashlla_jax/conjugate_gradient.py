@@ -17,11 +17,28 @@ class Solution(NamedTuple):
         x: the solution.
         iterations: int32, the steps that the row took part in.
         residual_norm: ``|rhs - A x|`` as the recurrence tracks it.
+        error: ``sqrt(|rhs - A x|^2 / (ridge x.A x))``, a bound on the relative error of x in the norm of A.
+        converged: whether the stop was reached.
     """
 
     x: Float[Array, "*rows D"]
     iterations: Int[Array, "*rows"]
     residual_norm: Float[Array, "*rows"]
+    error: Float[Array, "*rows"]
+    converged: Bool[Array, "*rows"]
+
+
+class Stop(NamedTuple):
+    """When a row has converged: ``|r|^2 <= rtol * max(atol, scale)``.
+
+    The scale is ``ridge * x.A x``, or ``|rhs|^2`` if ``of_rhs``. No eigenvalue of A is below the ridge, so
+    ``|r|^2 / ridge`` bounds the square of x's error in the norm of A (docs/design.md, "When a solve stops").
+    """
+
+    rtol: float
+    atol: float
+    of_rhs: bool
+    max_iters: int
 
 
 class _State(NamedTuple):
@@ -31,6 +48,7 @@ class _State(NamedTuple):
     r: Float[Array, "*rows D"]
     p: Float[Array, "*rows D"]
     rz: Float[Array, "*rows"]
+    energy: Float[Array, "*rows"]
     iterations: Int[Array, "*rows"]
 
 
@@ -41,37 +59,35 @@ def _dot(a: Array, b: Array) -> Array:
 def solve(
     matvec: Callable[[Array], Array],
     rhs: Float[Array, "*rows D"],
-    *,
-    rtol: float,
-    atol: float,
-    max_iters: int,
+    ridge: Float[Array, "*rows"],
+    stop: Stop,
     inverse_diagonal: Float[Array, "*rows D"] | None = None,
 ) -> Solution:
     """Solves ``A_i x_i = rhs_i`` from zero; the loop ends when every row has converged.
 
     The derivative in forward mode is the implicit one, another solve: A dx = d(rhs) - dA x.
 
-    A row has converged when ``|r|^2 <= rtol * max(atol, |rhs|^2)``. It is then left alone while others go on, so a
-    row's result does not depend on the rows beside it. A row whose search direction has no positive curvature (a NaN,
-    or a system that rounding has made indefinite) stops where it is.
+    A row that has converged is left alone while others go on, so a row's result does not depend on the rows beside it.
+    A row whose search direction has no positive curvature (a NaN, or a system that rounding has made indefinite) stops
+    where it is. So does one that has stagnated: a step adds less to x.A x than the dtype keeps of x.
 
     Args:
         matvec: ``p -> A p`` for all rows.
         rhs: right-hand sides.
-        rtol: relative tolerance, of the squared norm.
-        atol: absolute floor of the squared norm that ``rtol`` multiplies.
-        max_iters: the most steps taken.
+        ridge: a lower bound of A's eigenvalues.
+        stop: when a row has converged.
         inverse_diagonal: 1 / diag(A) for the Jacobi preconditioner; None for none.
     """
 
-    def iterate(matvec: Callable[[Array], Array], rhs: Array) -> tuple[Array, tuple[Array, Array]]:
+    def iterate(matvec: Callable[[Array], Array], rhs: Array) -> tuple[Array, Solution]:
         scale = _power_of_two(rhs)
-        floor = atol / scale[..., 0] / scale[..., 0]
-        solution = _iterate(matvec, rhs / scale, rtol, floor, max_iters, inverse_diagonal)
-        return solution.x * scale, (solution.iterations, solution.residual_norm * scale[..., 0])
+        floor = stop.atol / scale[..., 0] / scale[..., 0]
+        solution = _iterate(matvec, rhs / scale, ridge, stop, floor, inverse_diagonal)
+        x = solution.x * scale
+        return x, solution._replace(x=x, residual_norm=solution.residual_norm * scale[..., 0])
 
-    x, (iterations, residual_norm) = lax.custom_linear_solve(matvec, rhs, iterate, symmetric=True, has_aux=True)
-    return Solution(x, iterations, residual_norm)
+    x, solution = lax.custom_linear_solve(matvec, rhs, iterate, symmetric=True, has_aux=True)
+    return solution._replace(x=x)
 
 
 def _power_of_two(rhs: Array) -> Array:
@@ -87,9 +103,9 @@ def _power_of_two(rhs: Array) -> Array:
 def _iterate(
     matvec: Callable[[Array], Array],
     rhs: Array,
-    rtol: float,
+    ridge: Array,
+    stop: Stop,
     atol: Array,
-    max_iters: int,
     inverse_diagonal: Array | None,
 ) -> Solution:
     """``solve`` without its derivative."""
@@ -98,20 +114,25 @@ def _iterate(
         return r if inverse_diagonal is None else r * inverse_diagonal
 
     rr = _dot(rhs, rhs)
-    stop = rtol * jnp.maximum(atol, rr)
+    stagnation = (float(jnp.finfo(rhs.dtype).eps) / 4) ** 2
+
+    def bound(energy: Array) -> Array:
+        return stop.rtol * jnp.maximum(atol, rr if stop.of_rhs else ridge * energy)
+
     p = precondition(rhs)
     start = _State(
         step=jnp.zeros((), jnp.int32),
-        live=rr > stop,
+        live=rr > bound(jnp.zeros_like(rr)),
         x=jnp.zeros_like(rhs),
         r=rhs,
         p=p,
         rz=_dot(rhs, p),
+        energy=jnp.zeros_like(rr),
         iterations=jnp.zeros_like(rr, dtype=jnp.int32),
     )
 
     def unfinished(state: _State) -> Array:
-        return (state.step < max_iters) & jnp.any(state.live)
+        return (state.step < stop.max_iters) & jnp.any(state.live)
 
     def advance(state: _State) -> _State:
         product = matvec(state.p)
@@ -123,16 +144,21 @@ def _iterate(
         r = jnp.where(live[..., None], state.r - alpha[..., None] * product, state.r)
         z = precondition(r)
         rz = jnp.where(live, _dot(r, z), state.rz)
+        gain = alpha * state.rz
+        energy = state.energy + gain
         beta = jnp.where(live, rz / jnp.where(live, state.rz, 1), 0)
         return _State(
             step=state.step + 1,
-            live=live & (_dot(r, r) > stop),
+            live=live & (_dot(r, r) > bound(energy)) & (gain > stagnation * energy),
             x=x,
             r=r,
             p=z + beta[..., None] * state.p,
             rz=rz,
+            energy=energy,
             iterations=state.iterations + live.astype(jnp.int32),
         )
 
     end = lax.while_loop(unfinished, advance, start)
-    return Solution(end.x, end.iterations, jnp.sqrt(_dot(end.r, end.r)))
+    left = _dot(end.r, end.r)
+    error = jnp.sqrt(left / jnp.where(end.energy > 0, ridge * end.energy, jnp.where(left > 0, left, 1)))
+    return Solution(end.x, end.iterations, jnp.sqrt(left), error, left <= bound(end.energy))

@@ -20,8 +20,8 @@ class SolverOptions:
     """How the conjugate-gradient solves run; ``lla_attention`` has these names with ``cg_`` before them.
 
     Attributes:
-        atol: floor of the squared right-hand side that ``rtol`` multiplies; None for 0.
-        rtol: relative tolerance of the squared residual; None for the value that fits dtype and precision.
+        atol: floor of what the tolerance multiplies; None for 0.
+        rtol: relative tolerance of the squared residual; None for a stop on the error of x instead.
         max_iters: the most steps of a solve.
         use_preconditioner: whether to precondition with the diagonal of A (Jacobi).
     """
@@ -60,14 +60,19 @@ class Residuals(NamedTuple):
         omega: ``sum_j exp(qk_scale q.k_j - max_j)`` over the visible keys, the normaliser that ``flashlla`` returns.
         logsumexp: ``log sum_j exp(qk_scale q.k_j)``, natural logarithm; -inf for a query that sees no key.
         iterations: int32, conjugate-gradient steps that this query's solve took (0 for the dense reference).
-        residual_norm: Euclidean norm of ``m - A x`` at the end of the solve, as the solver tracks it. Large beside
-            ``cg_rtol`` where ``cg_max_iters`` ended the loop.
+        residual_norm: Euclidean norm of ``m - A x`` at the end of the solve, as the solver tracks it.
+        relative_error: ``sqrt(|m - A x|^2 / (lambda x.A x))``, a bound on the relative error of x in the norm of A,
+            which is the error that the output sees (docs/design.md, "When a solve stops"). 0 if there is nothing to
+            solve.
+        converged: bool, whether the stop was reached. False if ``cg_max_iters`` ended the solve, or rounding did.
     """
 
     omega: jax.Array
     logsumexp: jax.Array
     iterations: jax.Array
     residual_norm: jax.Array
+    relative_error: jax.Array
+    converged: jax.Array
 
 
 class ParallaxResiduals(NamedTuple):

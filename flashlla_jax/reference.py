@@ -113,11 +113,15 @@ def attention(
     o = jnp.where((omega > 0)[..., None], o, 0)  # selected: the cotangent of a query that sees no key may be NaN
 
     defect = m - jnp.einsum("bntde,bnte->bntd", a_matrix, x, precision="highest")
+    left = jnp.linalg.norm(defect, axis=-1)
+    energy = lam * jnp.sum(m * x, axis=-1)
     residuals = Residuals(
         omega=omega,
         logsumexp=top + jnp.log(total),
         iterations=jnp.zeros(omega.shape, jnp.int32),
-        residual_norm=jnp.linalg.norm(defect, axis=-1),
+        residual_norm=left,
+        relative_error=jnp.where(left > 0, left / jnp.sqrt(jnp.where(energy > 0, energy, 1)), 0),
+        converged=jnp.isfinite(left),
     )
     residuals = jax.lax.stop_gradient(Residuals(*(jnp.moveaxis(x, 1, 2) for x in residuals)))
     return jnp.moveaxis(o, 1, 2).astype(query.dtype), residuals

@@ -88,12 +88,36 @@ def _near_duplicate(q: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> t
     return q, k[:, np.arange(k.shape[1]) // 4 * 4] + 1e-3 * k
 
 
+def _low_rank(q: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Eight directions and a common mean, plus noise of 0.1: as trained keys are, more or less."""
+    dim = k.shape[-1]
+    directions, mean = rng.normal(size=(8, dim)) / 8**0.5, rng.normal(size=dim)
+
+    def low(x: np.ndarray) -> np.ndarray:
+        return rng.normal(size=(*x.shape[:-1], 8)) @ directions + mean + 0.1 * x
+
+    return low(q), low(k)
+
+
+def _heavy_tailed(q: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Student's t with three degrees of freedom."""
+    return q, rng.standard_t(3, size=k.shape)
+
+
+def _offset(q: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A common offset of 4 in every feature of queries and keys: with it come logits that few keys dominate."""
+    return q + 4, k + 4
+
+
 KINDS: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
     "iid": _iid,
     "anisotropic": _anisotropic,
     "peaky": _peaky,
     "shifted": _shifted,
     "near_duplicate": _near_duplicate,
+    "low_rank": _low_rank,
+    "heavy_tailed": _heavy_tailed,
+    "offset": _offset,
 }
 
 

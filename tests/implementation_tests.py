@@ -250,6 +250,42 @@ class ImplementationTests:
             implementation=self.implementation,
         )
         assert int(residuals.iterations.max()) == 3
+        capped = residuals.iterations == 3
+        assert not bool(residuals.converged[capped].all())
+        np.testing.assert_array_equal(residuals.converged[~capped], True)
+
+    def test_the_stop_is_on_the_error(self) -> None:
+        """It holds for keys whose residual says little, and the bound is what it says: |r| / sqrt(lambda x.A x)."""
+        shape = Shape(queries=96, keys=96)
+        inputs = draw(shape, "float32", "low_rank")
+        kwargs: dict[str, Any] = {"ridge_lambda": 0.1, "return_residuals": True}
+        _, residuals = lla_attention(*inputs[:3], implementation=self.implementation, **kwargs)
+        assert bool(residuals.converged.all())
+        assert float(residuals.relative_error.max()) <= 1e-13**0.5  # the square root of tau, docs/design.md
+        # a residual of 1 % says less of x than the error of 1 % that it would be taken for
+        _, loose = lla_attention(*inputs[:3], implementation=self.implementation, cg_rtol=1e-4, **kwargs)
+        assert bool(loose.converged.all())
+        assert float(loose.relative_error.max()) > 1e-2
+        q, k, _ = (np.asarray(x[0, :, 0], np.float64) for x in inputs[:3])
+        for row in (20, 95):
+            p = np.exp(q[row] @ k[: row + 1].T / shape.dim**0.5)
+            p /= p.sum()
+            centred = k[: row + 1] - p @ k[: row + 1]
+            a_matrix = (centred * p[:, None]).T @ centred + 0.1 * np.eye(shape.dim)
+            m = p @ k[: row + 1] - q[row]
+            energy = m @ np.linalg.solve(a_matrix, m)
+            expected = float(loose.residual_norm[0, row, 0]) / (0.1 * energy) ** 0.5
+            np.testing.assert_allclose(float(loose.relative_error[0, row, 0]), expected, rtol=1e-2)
+
+    def test_a_stagnated_solve_ends(self) -> None:
+        """A stop beyond what rounding allows does not run to the cap, and is told from one that was reached."""
+        inputs = draw(Shape(queries=64, keys=64), "float32")
+        kwargs: dict[str, Any] = {"ridge_lambda": 0.1, "return_residuals": True, "implementation": self.implementation}
+        o, residuals = lla_attention(*inputs[:3], **kwargs)
+        beyond, stagnated = lla_attention(*inputs[:3], cg_rtol=0.0, cg_max_iters=1000, **kwargs)
+        assert int(stagnated.iterations.max()) <= 2 * int(residuals.iterations.max())
+        assert not bool(stagnated.converged.all())
+        assert relative_error(beyond, o) <= 1e-6  # both are right to the rounding of float32
 
     def test_a_looser_stop_takes_fewer_steps(self) -> None:
         inputs = draw(Shape(queries=64, keys=64), "float32")

@@ -19,6 +19,7 @@ from flashlla_jax.kernels.tiles import (
     as_logits,
     as_operand,
     head_base,
+    is_hard,
     key_program,
     key_scale,
     key_tile,
@@ -104,11 +105,21 @@ def value_centre(intervals, keys, c: tl.constexpr):
 
 
 @triton.jit
+def rounded_by_hand(t, dtype: tl.constexpr):
+    """t rounded to 16 bits, in float32: for bfloat16 the conversion there and back would run at the rate of exp2."""
+    if dtype == tl.bfloat16:
+        near = ((t.to(tl.int32, bitcast=True) + 0x8000) & -65536).to(tl.float32, bitcast=True)
+    else:
+        near = t.to(dtype).to(tl.float32)
+    return near
+
+
+@triton.jit
 def right_hand_side(rows, G, g0, keys, refine, parts, SPLIT: tl.constexpr, c: tl.constexpr):
     """kbar again (cheaper than keeping it), y = sum_j p_ij (gamma_ij - gbar_i) kc_ij, and gbar.
 
     y's weights are rounded like gamma - g0, so g0 ought to be near gbar: the first ``refine`` (0 or 1) passes find it.
-    The last ``parts`` (1 or 2) gather y: its weights as rounded to bfloat16, and what that left of them. (A choice
+    The last ``parts`` (1 or 2) gather both: the weights as rounded to bfloat16, and what that left of them. (A choice
     between two loops would be faster than two passes, but makes ptxas serialise the wgmma of both, its C7515.)
     """
     acc_k = tl.zeros((c.BM, c.DP), tl.float32)
@@ -120,6 +131,8 @@ def right_hand_side(rows, G, g0, keys, refine, parts, SPLIT: tl.constexpr, c: tl
         gathered = tl.where(part > refine, 1.0, 0.0)  # what an earlier part of y has gathered is kept
         g0 += excess * (1.0 - gathered)
         excess *= gathered
+        acc_k *= gathered
+        sums_k *= gathered
         acc_y *= gathered
         sums_y *= gathered
         for edge in tl.static_range(2):
@@ -132,12 +145,9 @@ def right_hand_side(rows, G, g0, keys, refine, parts, SPLIT: tl.constexpr, c: tl
                 t = w * (tl.dot(G, tl.trans(V), input_precision=c.PRECISION) - g0[:, None])
                 excess += tl.sum(t, 1)
                 if not c.UPCAST and not SPLIT:
-                    if K.dtype == tl.bfloat16:
-                        # rounded by hand, to the nearest: the conversion there and back runs at the rate of exp2
-                        near = ((t.to(tl.int32, bitcast=True) + 0x8000) & -65536).to(tl.float32, bitcast=True)
-                    else:
-                        near = t.to(K.dtype).to(tl.float32)
+                    near = rounded_by_hand(t, K.dtype)
                     t = tl.where(part > refine, t - near, near)
+                    w -= gathered * rounded_by_hand(w, K.dtype)
                 acc_k, sums_k = rounded_product(w, K, acc_k, sums_k, SPLIT, c.PRECISION)
                 acc_y, sums_y = rounded_product(t, K, acc_y, sums_y, SPLIT, c.PRECISION)
     total = one_column(sums_k)
@@ -217,6 +227,7 @@ def query_kernel(
     near_ptr,
     a0_ptr,
     damping_ptr,
+    omega_ptr,
     g,
     T,
     S,
@@ -258,7 +269,8 @@ def query_kernel(
     if c.EXACT:
         lse_rest = load_rows(lse_rest_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
     rows = Rows(Q, lse, lse_rest, tl.zeros((c.BM, c.DP), tl.float32), lam, intervals)
-    split = tl.min(lam, 0) < c.SPLIT_BELOW * key_scale(keys, c)
+    omega = load_rows(omega_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
+    split = is_hard(lam, omega, key_scale(keys, c), c)
 
     # gamma relative to that of a value that the queries see
     g0 = tl.sum(G.to(tl.float32) * value_centre(intervals, keys, c)[None, :], 1)
@@ -271,7 +283,7 @@ def query_kernel(
             parts = 1 + split.to(tl.int32)
     kbar, y, gbar = right_hand_side(rows, G, g0, keys, refine, parts, c.SPLIT_BELOW == float("inf"), c)
     rows = Rows(Q, lse, lse_rest, kbar, lam, intervals)
-    u, _, _ = solve(y, rows, keys, split, c)
+    u = solve(y, rows, keys, split, c).x
 
     x_hi = load_queries(head_base(x_hi_ptr, batch, T, head, c.HEADS, c.D), m0, T, True, c)
     u_hi = as_operand(-u, Q.dtype, c.PRECISION)
@@ -299,6 +311,8 @@ def query_kernel(
         a0 = load_rows(a0_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
         b0 = -gbar
         b0 -= mean_of_b(rows, G, keys, Solutions(x_hi, x_lo, u_hi, u_lo, near_x, near_u, a0, b0, lam), c)
+    elif c.CAREFUL_ABOVE < float("inf"):  # as the forward pass found it: so that the a_ij sum to 1
+        a0 = load_rows(a0_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
     dlam = -tl.sum(u * x_used, 1)
     c0 = lam * dlam
     store_rows(dlam_ptr + row_base, dlam * damping, m0, T, c.HEADS, c.BM)

@@ -22,7 +22,7 @@ class Constants:
         EXACT: it keeps all of float32; so do, then, the differences of large products, see ``tiles.py``.
         UPCAST: tiles are widened to float32 after loading, and keys taken relative to an origin.
         HALVES: x and u are carried as hi + lo.
-        SPLIT_BELOW: so are a product's weights, where lambda < SPLIT_BELOW * (variance of a key's feature).
+        SPLIT_BELOW: so are a product's weights in a tile that is hard by this measure, see ``tiles.is_hard``.
         LOW_ABOVE: the low half of x is used where it moves some kc.x by more than this.
         CAREFUL_ABOVE: what the halves leave of x is used, and the a_ij are made to sum to 1, where that does.
         FROM_FIRST: every interval starts at key 0.
@@ -31,7 +31,7 @@ class Constants:
         MASK_B, MASK_N, MASK_T, MASK_S: which axes the mask has; the others are of size 1.
         PER_BATCH: intervals, ids and tables are a batch entry's own, else shared.
         PER_HEAD: lists are a head's own, else shared.
-        RTOL, ATOL, MAX_ITERS, PRECONDITION, FINISH: how the solve stops, see ``solver.py``.
+        RTOL, HARD_RTOL, ATOL, ENERGY, MAX_ITERS, PRECONDITION, FINISH: how the solve stops, see ``solver.py``.
         DELTA_EPS: added to the denominator of the paper's form.
         QUERY_BM: in the key kernel, the query kernel's BM.
         UNWRITTEN: what no query sees may be NaN (a cache); else it was made 0 before.
@@ -67,7 +67,9 @@ class Constants:
     PER_BATCH: bool
     PER_HEAD: bool
     RTOL: float
+    HARD_RTOL: float
     ATOL: float
+    ENERGY: bool
     MAX_ITERS: int
     PRECONDITION: bool
     FINISH: bool

@@ -11,6 +11,7 @@ from flashlla_jax.kernels.tiles import (
     Rows,
     as_operand,
     head_base,
+    is_hard,
     key_scale,
     key_tile,
     load_intervals,
@@ -82,6 +83,22 @@ def statistics(rows, keys, SPLIT: tl.constexpr, c: tl.constexpr):
             top = new_top
     # by the sum of the weights as they were rounded: see rounded_product
     return top, omega, acc / one_column(sums)[:, None]
+
+
+@triton.jit
+def mean_of_keys(rows, keys, c: tl.constexpr):
+    """kbar once more, with the weights as hi + lo."""
+    acc = tl.zeros((c.BM, c.DP), tl.float32)
+    sums = tl.zeros((c.BM, 16), tl.float32)
+    for edge in tl.static_range(2):
+        count = keys.tiles.edges if edge else keys.tiles.wholes
+        for i in tl.range(0, count, num_stages=c.EDGE_STAGES if edge else c.STAGES):
+            n0 = key_tile(keys, i, edge == 1, c)
+            K = load_keys(keys, n0, edge == 1, c)
+            w = weights(rows, K, n0, keys, edge == 1, c)
+            acc, sums = rounded_product(w, K, acc, sums, True, c.PRECISION)
+    total = one_column(sums)
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
 @triton.jit
@@ -169,9 +186,11 @@ def forward_kernel(
     logsumexp_ptr,
     iterations_ptr,
     residual_ptr,
+    error_ptr,
+    converged_ptr,
     c: tl.constexpr,
 ):
-    """SPLIT_BELOW: the matvec's weights are carried as hi + lo where lambda < SPLIT_BELOW key_scale.
+    """SPLIT_BELOW: the weights of kbar and of the solve's products are hi + lo in a hard tile, see ``is_hard``.
 
     LOW_ABOVE: the low half of x is used where it moves some kc.x by more than this. CAREFUL_ABOVE (inf: never): what
     the halves leave of x is used, and the a_ij are made to sum to 1, where that does.
@@ -208,13 +227,16 @@ def forward_kernel(
         lse = tl.where(blind, NO_KEYS, top + tl.math.log2(total))
         logsumexp = lse
     kbar = tl.where(blind[:, None], 0.0, kbar)
+    scale2 = key_scale(keys, c)
+    hard = is_hard(lam, omega, scale2, c)
+    if (c.SPLIT_BELOW > 0.0) and (c.SPLIT_BELOW < float("inf")):
+        if hard:
+            kbar = mean_of_keys(Rows(Q, lse, lse_rest, kbar, lam, intervals), keys, c)
     rows = Rows(Q, lse, lse_rest, kbar, lam, intervals)
 
     m = tl.where(blind[:, None], 0.0, kbar - (Q.to(tl.float32) - origin[None, :]))
-    scale2 = key_scale(keys, c)
-    split = tl.min(lam, 0) < c.SPLIT_BELOW * scale2
-    x, iterations, rr = solve(m, rows, keys, split, c)
-    x = tl.where(((lam == lam) | blind)[:, None], x, float("nan"))  # a bad ridge never gives a plausible number
+    solved = solve(m, rows, keys, hard, c)
+    x = tl.where(((lam == lam) | blind)[:, None], solved.x, float("nan"))  # a bad ridge never gives a plausible number
 
     hi = as_operand(-x, Q.dtype, c.PRECISION)
     store_queries(head_base(x_hi, batch, T, head, c.HEADS, c.D), hi, m0, T, c)
@@ -245,15 +267,20 @@ def forward_kernel(
     if c.EXACT:
         store_rows(lse_rest_ptr + row_base, lse_rest, m0, T, c.HEADS, c.BM)
         store_rows(near_ptr + row_base, near, m0, T, c.HEADS, c.BM)
+    if c.EXACT or c.CAREFUL_ABOVE < float("inf"):
         store_rows(a0_ptr + row_base, a0, m0, T, c.HEADS, c.BM)
     store_rows(damping_ptr + row_base, damping, m0, T, c.HEADS, c.BM)
     store_rows(omega_ptr + row_base, omega, m0, T, c.HEADS, c.BM)
-    store_rows(iterations_ptr + row_base, iterations, m0, T, c.HEADS, c.BM)
-    store_rows(residual_ptr + row_base, tl.sqrt(rr), m0, T, c.HEADS, c.BM)
+    store_rows(iterations_ptr + row_base, solved.iterations, m0, T, c.HEADS, c.BM)
+    store_rows(residual_ptr + row_base, solved.residual_norm, m0, T, c.HEADS, c.BM)
+    store_rows(error_ptr + row_base, solved.error, m0, T, c.HEADS, c.BM)
+    store_rows(converged_ptr + row_base, solved.converged, m0, T, c.HEADS, c.BM)
 
     solution = Solution(hi, lo, rest, near, a0)
     if careful:
         a0 += 1.0 - mean_with(a0, rows, keys, solution, c)
+        # the backward pass has x without the rest
+        store_rows(a0_ptr + row_base, a0 + tl.sum(rest.to(tl.float32) * kbar, 1), m0, T, c.HEADS, c.BM)
         out = output(rows, keys, Solution(hi, lo, rest, near, a0), c.HALVES, c.CAREFUL_ABOVE < float("inf"), c)
     elif with_low:
         out = output(rows, keys, solution, c.HALVES, False, c)

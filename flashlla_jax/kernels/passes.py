@@ -29,9 +29,10 @@ class Saved(NamedTuple):
     x_lo: Array
     lse: Array  # log2 of the softmax normaliser, of the keys relative to their origin (kernels/tiles.py, Rows)
     lse_rest: Array  # these three only where products keep all of float32
-    near: Array  # kernels/forward.py, Solution
+    near: Array  # kernels/forward.py, Solution; a0 also at HIGH
     a0: Array
     damping: Array
+    omega: Array
 
 
 _NO_SOLVER = SolverOptions(None, None, 0, False)  # of Parallax
@@ -63,10 +64,13 @@ class Problem(NamedTuple):
         """A number per query and head."""
         return jax.ShapeDtypeStruct(self.query.shape[:3], dtype)
 
+    def row_if(self, there: bool) -> jax.ShapeDtypeStruct:
+        """A number per query and head, else one element an entry."""
+        return self.row() if there else jax.ShapeDtypeStruct((self.query.shape[0], 1, 1), jnp.float32)
+
     def exact_row(self) -> jax.ShapeDtypeStruct:
-        """A number per query and head where products keep all of float32, else one element an entry."""
-        exact = self.plan.arithmetic.exact
-        return self.row() if exact else jax.ShapeDtypeStruct((self.query.shape[0], 1, 1), jnp.float32)
+        """A number per query and head where products keep all of float32."""
+        return self.row_if(self.plan.arithmetic.exact)
 
     def solution(self, low: bool = False) -> jax.ShapeDtypeStruct:
         """x or u, or a low half of it: one element where there is none."""
@@ -95,14 +99,15 @@ class Problem(NamedTuple):
         """How many batch entries have a visibility of their own: all, or one for all."""
         return max(x.shape[0] for x in (self.seen.start, self.seen.end, table.rows))
 
-    def constants(self, shape: Launch, table: Table, rtol: float | None = None, unwritten: bool = False) -> Constants:
+    def constants(self, shape: Launch, table: Table, tau: float | None = None, unwritten: bool = False) -> Constants:
         _, _, _, heads, kv_heads, dim, value_dim = self.shape
         options, arithmetic, mask = self.options, self.plan.arithmetic, self.seen.mask
         solver, delta_eps = _NO_SOLVER, 0.0
         if isinstance(options, Options):
             solver, delta_eps = options.solver, options.delta_eps
         # the key kernel has the fewer spills with one pipeline for both
-        few_edges = mask is None and rtol is not None
+        few_edges = mask is None and tau is not None
+        rtol = (tau or 0.0) if solver.rtol is None else solver.rtol
         axes = [False] * 4 if mask is None else [n > 1 for n in mask.shape]
         return Constants(
             HEADS=heads,
@@ -131,7 +136,9 @@ class Problem(NamedTuple):
             **dict(zip(("MASK_B", "MASK_N", "MASK_T", "MASK_S"), axes, strict=True)),
             PER_BATCH=self._visibilities(table) > 1,
             PER_HEAD=table.rows.shape[1] > 1,
-            RTOL=(rtol or 0.0) if solver.rtol is None else solver.rtol,
+            RTOL=rtol,
+            HARD_RTOL=rtol if solver.rtol is not None else rtol * arithmetic.hard_tau,
+            ENERGY=solver.rtol is None,
             ATOL=0.0 if solver.atol is None else solver.atol,
             MAX_ITERS=solver.max_iters,
             PRECONDITION=solver.use_preconditioner,
@@ -153,7 +160,7 @@ def forward(
     shape = plan.forward
     table = by_query_tiles(seen, S, shape.BM, shape.BN)
     row, exact_row = problem.row(), problem.exact_row()
-    o, x_hi, x_lo, lse, lse_rest, near, a0, damping, omega, logsumexp, iterations, residual_norm = launch.call(
+    o, x_hi, x_lo, lse, lse_rest, near, a0, damping, omega, logsumexp, *of_solve = launch.call(
         forward_kernel,
         -(-T // shape.BM) * batch * heads,
         (query, key, value, lam, *problem.visible(table), problem.origins()),
@@ -165,18 +172,21 @@ def forward(
             row,
             exact_row,
             exact_row,
-            exact_row,
+            problem.row_if(plan.arithmetic.exact or plan.arithmetic.careful_above < math.inf),
             row,
             row,
             row,
             problem.row(jnp.int32),
             row,
+            row,
+            problem.row(jnp.int32),
         ),
         shape,
-        problem.constants(shape, table, plan.arithmetic.forward_rtol),
+        problem.constants(shape, table, plan.arithmetic.forward_tau),
     )
-    saved = Saved(x_hi, x_lo, lse, lse_rest, near, a0, damping)
-    return o, saved, Residuals(omega, logsumexp, iterations, residual_norm)
+    iterations, residual_norm, error, converged = of_solve
+    saved = Saved(x_hi, x_lo, lse, lse_rest, near, a0, damping, omega)
+    return o, saved, Residuals(omega, logsumexp, iterations, residual_norm, error, converged != 0)
 
 
 def backward(
@@ -220,7 +230,7 @@ def backward(
             problem.row(jnp.int32),
         ),
         shape,
-        problem.constants(shape, table, plan.arithmetic.backward_rtol),
+        problem.constants(shape, table, plan.arithmetic.backward_tau),
     )
     shape = plan.key
     table = by_key_tiles(seen, S, shape.BM, shape.BN)

@@ -5,10 +5,25 @@ search direction is rounded to the inputs' dtype before it is used in the produc
 and r stay consistent (design.md section 2).
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from flashlla_jax.kernels.tiles import as_operand, key_tile, load_keys, one_column, rounded_product, weights
+
+# (eps / 4)^2 of float32: a step that adds this share of x.Ax moves x by less than its rounding
+STAGNATION: tl.constexpr = tl.constexpr(1e-15)
+
+
+class Solve(NamedTuple):
+    """The solution, and for each row: steps, |r|, sqrt(|r|^2 / (lambda x.Ax)), and whether the stop was reached."""
+
+    x: tl.tensor
+    iterations: tl.tensor
+    residual_norm: tl.tensor
+    error: tl.tensor
+    converged: tl.tensor
 
 
 @triton.jit
@@ -47,9 +62,12 @@ def inverse_diagonal(rows, keys, c: tl.constexpr):
 
 @triton.jit
 def solve(rhs, rows, keys, split, c: tl.constexpr):
-    """x = A^-1 rhs, the steps of each row, and |r|^2.
+    """A ``Solve`` of A x = rhs for each row.
 
-    The loop ends when every row has |r|^2 <= RTOL max(ATOL, |rhs|^2).
+    A row stops when |r|^2 <= RTOL max(ATOL, scale). ENERGY: the scale is lambda E. Here E is x.Ax, to which each step
+    adds alpha p.r. No eigenvalue of A is below lambda. So |r|^2 / lambda bounds the square of x's error in the norm of
+    A, and E is that of x itself. Else the scale is |rhs|^2, as for ``cg_rtol``. A row also stops if a step adds less to
+    E than float32 keeps of x: it has stagnated.
 
     FINISH: with one more step that takes no product, along the last direction, by the shortest of the row's steps so
     far (so that no error in the span that they have seen grows). It shrinks r about as the steps did: by the worst of
@@ -57,14 +75,20 @@ def solve(rhs, rows, keys, split, c: tl.constexpr):
     random keys that is a step fewer where lambda is large, and half the error where it is small.
 
     A product's weights are carried as hi + lo always where SPLIT_BELOW is inf, never where it is 0, else if ``split``.
+    There HARD_RTOL takes the place of RTOL.
     """
     if c.PRECONDITION:
         scaling = inverse_diagonal(rows, keys, c)
     x = tl.zeros((c.BM, c.DP), tl.float32)
     r = rhs
     rr = tl.sum(r * r, 1)
+    energy = tl.zeros((c.BM,), tl.float32)
+    rtol = tl.where(split, c.HARD_RTOL, c.RTOL)
     # below 1e-36 a square has lost its digits: such a right-hand side, a weight of 1e-20, is as good as none
-    stop = tl.maximum(c.RTOL * tl.maximum(rr, c.ATOL), 1e-36)
+    if c.ENERGY:
+        stop = tl.maximum(energy + rtol * c.ATOL, 1e-36)
+    else:
+        stop = tl.maximum(rtol * tl.maximum(rr, c.ATOL), 1e-36)
     if c.PRECONDITION:
         p = as_operand(r * scaling, rows.Q.dtype, c.PRECISION)
         rz = tl.sum(r * r * scaling, 1)
@@ -88,7 +112,9 @@ def solve(rhs, rows, keys, split, c: tl.constexpr):
         curvature = tl.sum(p32 * product, 1)
         live = live & (curvature > 0)
         # the direction was rounded: its own projection of r, not |r|^2, is what minimises along it
-        alpha = tl.where(live, tl.sum(p32 * r, 1) / tl.where(live, curvature, 1.0), 0.0)
+        along = tl.sum(p32 * r, 1)
+        alpha = tl.where(live, along / tl.where(live, curvature, 1.0), 0.0)
+        energy += alpha * along
         # a row at rest must not pick up 0 * NaN or 0 * inf
         x = tl.where(live[:, None], x + alpha[:, None] * p32, x)
         r = tl.where(live[:, None], r - alpha[:, None] * product, r)
@@ -107,6 +133,9 @@ def solve(rhs, rows, keys, split, c: tl.constexpr):
         rz = tl.where(live, rz_new, rz)
         p = as_operand(tl.where(live[:, None], z + beta[:, None] * p32, p32), rows.Q.dtype, c.PRECISION)
         iterations += live.to(tl.int32)
+        if c.ENERGY:
+            stop = tl.maximum(rtol * tl.maximum(rows.lam * energy, c.ATOL), 1e-36)
+        live = live & (alpha * along > energy * STAGNATION)
         if c.FINISH:
             live = live & (rr * factor > stop)
         else:
@@ -117,4 +146,6 @@ def solve(rhs, rows, keys, split, c: tl.constexpr):
         begun = (iterations > 0) & (shortest > 0)
         x = tl.where(begun[:, None], x + shortest[:, None] * p.to(tl.float32), x)
         rr *= tl.where(begun, factor, 1.0)
-    return x, iterations, rr
+    # 0 where there was nothing to do, and 1 if no step was made
+    error = tl.sqrt(rr / tl.where(energy > 0.0, rows.lam * energy, tl.where(rr > 0.0, rr, 1.0)))
+    return Solve(x, iterations, tl.sqrt(rr), tl.where(rr <= 1e-36, 0.0, error), (rr <= stop).to(tl.int32))

@@ -401,6 +401,18 @@ def key_scale(keys, c: tl.constexpr):
 
 
 @triton.jit
+def is_hard(lam, omega, scale2, c: tl.constexpr):
+    """Whether rounding the weights of some row to 8 bits would show in its solution.
+
+    The roundings of n equal weights average out to sqrt(1 / n) of one; n is about omega, one over the largest weight.
+    The ridge has to be large beside that share of the covariance. If one key holds a quarter of the weight, the
+    covariance of the tile's keys says little of the row's own.
+    """
+    few = ((lam * tl.sqrt(omega) < c.SPLIT_BELOW * scale2) | (omega < 4.0)) & (omega > 0.0)
+    return tl.max(few.to(tl.int32), 0) > 0
+
+
+@triton.jit
 def as_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """x rounded to what a product of this dtype and precision keeps of it."""
     if dtype == tl.float32:

@@ -62,8 +62,9 @@ def narrow(split_below: float, low_above: float, careful_above: float) -> Arithm
             low_above=low_above,
             careful_above=careful_above,
             # tight, so that what is left is the rounding of the operands
-            forward_rtol=1e-10,
-            backward_rtol=1e-12,
+            forward_tau=1e-10,
+            backward_tau=1e-12,
+            hard_tau=1.0,
         )
 
     return arithmetic
