@@ -39,6 +39,7 @@ from flashlla_jax.kernels.tiles import (
     query_program,
     rounded_product,
     sees,
+    some,
     store_pairs,
     store_queries,
     store_rows,
@@ -115,18 +116,19 @@ def rounded_by_hand(t, dtype: tl.constexpr):
 
 
 @triton.jit
-def right_hand_side(rows, G, g0, keys, refine, parts, SPLIT: tl.constexpr, c: tl.constexpr):
+def right_hand_side(rows, G, g0, keys, hard, refine, parts, SPLIT: tl.constexpr, c: tl.constexpr):
     """kbar again (cheaper than keeping it), y = sum_j p_ij (gamma_ij - gbar_i) kc_ij, and gbar.
 
     y's weights are rounded like gamma - g0, so g0 ought to be near gbar: the first ``refine`` (0 or 1) passes find it.
-    The last ``parts`` (1 or 2) gather both: the weights as rounded to bfloat16, and what that left of them. (A choice
-    between two loops would be faster than two passes, but makes ptxas serialise the wgmma of both, its C7515.)
+    The last ``parts`` (1 or 2) gather both: the weights as rounded to bfloat16, and of hard rows what that left. (A
+    choice between two loops would be faster than two passes, but makes ptxas serialise the wgmma of both, its C7515.)
     """
     acc_k = tl.zeros((c.BM, c.DP), tl.float32)
     sums_k = tl.zeros((c.BM, 16), tl.float32)
     acc_y = tl.zeros((c.BM, c.DP), tl.float32)
     sums_y = tl.zeros((c.BM, 16), tl.float32)
     excess = tl.zeros((c.BM,), tl.float32)
+    left = tl.where(hard, 1.0, 0.0)
     for part in range(refine + parts):
         gathered = tl.where(part > refine, 1.0, 0.0)  # what an earlier part of y has gathered is kept
         g0 += excess * (1.0 - gathered)
@@ -146,8 +148,9 @@ def right_hand_side(rows, G, g0, keys, refine, parts, SPLIT: tl.constexpr, c: tl
                 excess += tl.sum(t, 1)
                 if not c.UPCAST and not SPLIT:
                     near = rounded_by_hand(t, K.dtype)
-                    t = tl.where(part > refine, t - near, near)
-                    w -= gathered * rounded_by_hand(w, K.dtype)
+                    t = tl.where(part > refine, (t - near) * left[:, None], near)
+                    near = rounded_by_hand(w, K.dtype)
+                    w = tl.where(part > refine, (w - near) * left[:, None], near)
                 acc_k, sums_k = rounded_product(w, K, acc_k, sums_k, SPLIT, c.PRECISION)
                 acc_y, sums_y = rounded_product(t, K, acc_y, sums_y, SPLIT, c.PRECISION)
     total = one_column(sums_k)
@@ -270,7 +273,7 @@ def query_kernel(
         lse_rest = load_rows(lse_rest_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
     rows = Rows(Q, lse, lse_rest, tl.zeros((c.BM, c.DP), tl.float32), lam, intervals)
     omega = load_rows(omega_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
-    split = is_hard(lam, omega, key_scale(keys, c), c)
+    hard = is_hard(lam, omega, key_scale(keys, c), c)
 
     # gamma relative to that of a value that the queries see
     g0 = tl.sum(G.to(tl.float32) * value_centre(intervals, keys, c)[None, :], 1)
@@ -280,10 +283,10 @@ def query_kernel(
     else:  # exactly, where so few keys are seen that this is cheap
         refine = (keys.tiles.wholes + keys.tiles.edges <= 4).to(tl.int32)
         if c.SPLIT_BELOW != float("inf"):  # else both parts of y are gathered at once
-            parts = 1 + split.to(tl.int32)
-    kbar, y, gbar = right_hand_side(rows, G, g0, keys, refine, parts, c.SPLIT_BELOW == float("inf"), c)
+            parts = 1 + some(hard).to(tl.int32)
+    kbar, y, gbar = right_hand_side(rows, G, g0, keys, hard, refine, parts, c.SPLIT_BELOW == float("inf"), c)
     rows = Rows(Q, lse, lse_rest, kbar, lam, intervals)
-    u = solve(y, rows, keys, split, c).x
+    u = solve(y, rows, keys, hard, c).x
 
     x_hi = load_queries(head_base(x_hi_ptr, batch, T, head, c.HEADS, c.D), m0, T, True, c)
     u_hi = as_operand(-u, Q.dtype, c.PRECISION)

@@ -26,6 +26,7 @@ from flashlla_jax.kernels.tiles import (
     one_column,
     query_program,
     rounded_product,
+    some,
     store_queries,
     store_rows,
     store_tile,
@@ -190,7 +191,7 @@ def forward_kernel(
     converged_ptr,
     c: tl.constexpr,
 ):
-    """SPLIT_BELOW: the weights of kbar and of the solve's products are hi + lo in a hard tile, see ``is_hard``.
+    """SPLIT_BELOW: the weights of kbar and of the solve's products are hi + lo in hard rows, see ``is_hard``.
 
     LOW_ABOVE: the low half of x is used where it moves some kc.x by more than this. CAREFUL_ABOVE (inf: never): what
     the halves leave of x is used, and the a_ij are made to sum to 1, where that does.
@@ -230,8 +231,9 @@ def forward_kernel(
     scale2 = key_scale(keys, c)
     hard = is_hard(lam, omega, scale2, c)
     if (c.SPLIT_BELOW > 0.0) and (c.SPLIT_BELOW < float("inf")):
-        if hard:
-            kbar = mean_of_keys(Rows(Q, lse, lse_rest, kbar, lam, intervals), keys, c)
+        if some(hard):
+            mean = mean_of_keys(Rows(Q, lse, lse_rest, kbar, lam, intervals), keys, c)
+            kbar = tl.where(hard[:, None], mean, kbar)
     rows = Rows(Q, lse, lse_rest, kbar, lam, intervals)
 
     m = tl.where(blind[:, None], 0.0, kbar - (Q.to(tl.float32) - origin[None, :]))

@@ -10,7 +10,16 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from flashlla_jax.kernels.tiles import as_operand, key_tile, load_keys, one_column, rounded_product, weights
+from flashlla_jax.kernels.tiles import (
+    as_operand,
+    key_tile,
+    load_keys,
+    one_column,
+    rounded_product,
+    rounded_unless,
+    some,
+    weights,
+)
 
 # (eps / 4)^2 of float32: a step that adds this share of x.Ax moves x by less than its rounding
 STAGNATION: tl.constexpr = tl.constexpr(1e-15)
@@ -27,8 +36,8 @@ class Solve(NamedTuple):
 
 
 @triton.jit
-def matvec(p, rows, keys, SPLIT: tl.constexpr, c: tl.constexpr):
-    """A p for every row of the tile, p in the products' dtype."""
+def matvec(p, rows, keys, hard, SPLIT: tl.constexpr, c: tl.constexpr):
+    """A p for every row of the tile, p in the products' dtype. SPLIT: the weights of hard rows are hi + lo."""
     p32 = p.to(tl.float32)
     offset = tl.sum(p32 * rows.kbar, 1)
     acc = tl.zeros((c.BM, c.DP), tl.float32)
@@ -40,6 +49,8 @@ def matvec(p, rows, keys, SPLIT: tl.constexpr, c: tl.constexpr):
             K = load_keys(keys, n0, edge == 1, c)
             w = weights(rows, K, n0, keys, edge == 1, c)
             t = w * (tl.dot(p, tl.trans(K), input_precision=c.PRECISION) - offset[:, None])
+            if SPLIT:
+                t = rounded_unless(hard, t, K.dtype, c)
             acc, sums = rounded_product(t, K, acc, sums, SPLIT, c.PRECISION)
     total = one_column(sums)
     return acc - total[:, None] * rows.kbar + rows.lam[:, None] * p32
@@ -61,7 +72,7 @@ def inverse_diagonal(rows, keys, c: tl.constexpr):
 
 
 @triton.jit
-def solve(rhs, rows, keys, split, c: tl.constexpr):
+def solve(rhs, rows, keys, hard, c: tl.constexpr):
     """A ``Solve`` of A x = rhs for each row.
 
     A row stops when |r|^2 <= RTOL max(ATOL, scale). ENERGY: the scale is lambda E. Here E is x.Ax, to which each step
@@ -74,8 +85,8 @@ def solve(rhs, rows, keys, split, c: tl.constexpr):
     their factors, it is assumed, and to no less than 1/5; the loop ends when that estimate is below the bound. For
     random keys that is a step fewer where lambda is large, and half the error where it is small.
 
-    A product's weights are carried as hi + lo always where SPLIT_BELOW is inf, never where it is 0, else if ``split``.
-    There HARD_RTOL takes the place of RTOL.
+    A product's weights are carried as hi + lo always where SPLIT_BELOW is inf, never where it is 0, else in the rows
+    that are ``hard``. There HARD_RTOL takes the place of RTOL.
     """
     if c.PRECONDITION:
         scaling = inverse_diagonal(rows, keys, c)
@@ -83,7 +94,8 @@ def solve(rhs, rows, keys, split, c: tl.constexpr):
     r = rhs
     rr = tl.sum(r * r, 1)
     energy = tl.zeros((c.BM,), tl.float32)
-    rtol = tl.where(split, c.HARD_RTOL, c.RTOL)
+    rtol = tl.where(hard, c.HARD_RTOL, c.RTOL)
+    split = some(hard)
     # below 1e-36 a square has lost its digits: such a right-hand side, a weight of 1e-20, is as good as none
     if c.ENERGY:
         stop = tl.maximum(energy + rtol * c.ATOL, 1e-36)
@@ -103,11 +115,11 @@ def solve(rhs, rows, keys, split, c: tl.constexpr):
     going = tl.max(live.to(tl.int32), 0)
     while (step < c.MAX_ITERS) & (going > 0):
         if (c.SPLIT_BELOW == 0.0) or (c.SPLIT_BELOW == float("inf")):
-            product = matvec(p, rows, keys, c.SPLIT_BELOW > 0.0, c)
+            product = matvec(p, rows, keys, hard, c.SPLIT_BELOW > 0.0, c)
         elif split:
-            product = matvec(p, rows, keys, True, c)
+            product = matvec(p, rows, keys, hard, True, c)
         else:
-            product = matvec(p, rows, keys, False, c)
+            product = matvec(p, rows, keys, hard, False, c)
         p32 = p.to(tl.float32)
         curvature = tl.sum(p32 * product, 1)
         live = live & (curvature > 0)

@@ -402,14 +402,27 @@ def key_scale(keys, c: tl.constexpr):
 
 @triton.jit
 def is_hard(lam, omega, scale2, c: tl.constexpr):
-    """Whether rounding the weights of some row to 8 bits would show in its solution.
+    """Whether rounding the weights of a row to 8 bits would show in its solution.
 
     The roundings of n equal weights average out to sqrt(1 / n) of one; n is about omega, one over the largest weight.
     The ridge has to be large beside that share of the covariance. If one key holds a quarter of the weight, the
     covariance of the tile's keys says little of the row's own.
     """
-    few = ((lam * tl.sqrt(omega) < c.SPLIT_BELOW * scale2) | (omega < 4.0)) & (omega > 0.0)
-    return tl.max(few.to(tl.int32), 0) > 0
+    return ((lam * tl.sqrt(omega) < c.SPLIT_BELOW * scale2) | (omega < 4.0)) & (omega > 0.0)
+
+
+@triton.jit
+def some(rows):
+    """Whether it is so for some row of the tile."""
+    return tl.max(rows.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def rounded_unless(hard, t, dtype: tl.constexpr, c: tl.constexpr):
+    """Weights whose rows are not hard as one half keeps them: a row's bits must not depend on the rows beside it."""
+    if c.SPLIT_BELOW < float("inf"):
+        t = tl.where(hard[:, None], t, t.to(dtype).to(tl.float32))
+    return t
 
 
 @triton.jit
