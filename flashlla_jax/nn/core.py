@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from flashlla_jax.parallax import parallax_attention
 Segments = Int[Array, "*batch L"] | tuple[Int[Array, "*batch T"], Int[Array, "*batch S"]]
 Lengths = Int[Array, "*batch"]
 Positions = Int[Array, "*#batch T"] | Float[Array, "*#batch T"]
+Sow = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def check_sow_weights(sow_weights: bool) -> None:
     if sow_weights:
         raise NotImplementedError(
             "sow_weights must be False: the attention weights are never formed. "
-            "lla_attention(..., return_residuals=True) shows how each query's solve went"
+            "LLAttention(sow_residuals=True) shows how each query's solve went"
         )
 
 
@@ -219,6 +221,7 @@ def attend(
     segment_ids: Any = None,
     query_seq_lengths: Any = None,
     key_value_seq_lengths: Any = None,
+    sow: Sow | None = None,
     **options: Any,
 ) -> Float[Array, "*batch T N Dv"]:
     """``lla_attention`` in Flax's layout: any number of batch axes, and masks as Flax makes them.
@@ -234,6 +237,7 @@ def attend(
         segment_ids: ``[*batch, L]`` where T = S = L, or a pair of a ``[*batch, T]`` and a ``[*batch, S]`` array.
         query_seq_lengths: ``[*batch]``.
         key_value_seq_lengths: ``[*batch]``.
+        sow: Is given the residuals, arrays ``[*batch, T, N]``. Without it they are not asked for. Not with a probe.
         options: The other arguments of ``lla_attention``, or of ``parallax_attention``.
     """
     batch = query.shape[:-3]
@@ -251,7 +255,13 @@ def attend(
         if given is not None:
             options[name] = _fold_batch(name, given, batch)
     arrays = (_fold(query), _fold(key), _fold(value))
-    o = lla_attention(*arrays, **options) if probe is None else _by_probe(probe, *arrays, **options)
+    if probe is not None:
+        o = _by_probe(probe, *arrays, **options)
+    elif sow is None:
+        o = lla_attention(*arrays, **options)
+    else:
+        o, residuals = lla_attention(*arrays, **options, return_residuals=True)
+        sow(jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), residuals))
     return o.reshape(*batch, *o.shape[1:])
 
 
@@ -270,9 +280,9 @@ def forward(
     is_causal: bool,
     mask: Any,
     positions: Positions | None,
-    **hiding: Any,
+    **others: Any,
 ) -> Float[Array, "*batch T N D"]:
-    """Attention without a cache, with a ridge or with a probe; ``hiding`` is the segments and lengths of ``attend``.
+    """Attention without a cache, with a ridge or a probe; ``others``: the segments, lengths and sow of ``attend``.
 
     The probe meets the rotated keys, so it is rotated as the queries are: then only differences of positions matter.
     Positions for ``rope`` count from 0; with ``is_causal`` and more keys than queries the queries are the last ones, as
@@ -287,7 +297,7 @@ def forward(
         query, probe = _rotated(settings, query, probe, of_queries)
         key = _rotate(settings, key, jnp.arange(key_length, dtype=jnp.int32) if positions is None else positions)
     options = _operator_options(settings, ridge_lambda, is_causal=is_causal, implementation=settings.implementation)
-    return attend(query, key, value, probe=probe, mask=mask, **hiding, **options)
+    return attend(query, key, value, probe=probe, mask=mask, **others, **options)
 
 
 def _promoted(settings: Settings, query: Array, probe: Array | None, key: Array, value: Array) -> Any:

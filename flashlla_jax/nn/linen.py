@@ -32,6 +32,10 @@ class _Attention(nn.MultiHeadDotProductAttention):
         """``{"ridge_lambda": ...}`` or ``{"probe": ...}``; ``heads`` makes a projection into heads."""
         raise NotImplementedError
 
+    def _sower(self) -> core.Sow | None:
+        """What a call hands its solves' residuals to, if anything."""
+        return None
+
     @nn.compact
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -61,7 +65,7 @@ class _Attention(nn.MultiHeadDotProductAttention):
             mask: As in :class:`flashlla_jax.LLAttention`.
             deterministic: Without effect, as in Flax without dropout.
             dropout_rng: Without effect, as in Flax without dropout.
-            sow_weights: Must be False.
+            sow_weights: Must be False: see the attribute ``sow_residuals`` of :class:`LLAttention`.
             input_positions: As in :class:`flashlla_jax.LLAttention`, and so are the following.
             segment_ids: See :class:`flashlla_jax.LLAttention`. Not with ``decode=True``, as are the lengths.
             query_seq_lengths: See :class:`flashlla_jax.LLAttention`.
@@ -149,7 +153,7 @@ class _Attention(nn.MultiHeadDotProductAttention):
                 variable.value = x
         else:
             core.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
-            o = core.forward(settings, query, key, value, **arguments, **hiding)
+            o = core.forward(settings, query, key, value, **arguments, **hiding, sow=self._sower())
         return project(
             self.out_features or inputs_q.shape[-1],
             axis=(-2, -1),
@@ -197,6 +201,9 @@ class LLAttention(_Attention):
         cg_max_iters: See :func:`flashlla_jax.lla_attention`.
         cg_use_preconditioner: See :func:`flashlla_jax.lla_attention`.
         implementation: See :func:`flashlla_jax.lla_attention`; with a cache also of :func:`flashlla_jax.lla_decode`.
+        sow_residuals: Whether a call with ``mutable=["intermediates"]`` sows its :class:`flashlla_jax.Residuals`,
+            arrays ``[batch..., T, num_heads]``, as ``residuals``. They are of the forward pass. Calls with a cache sow
+            nothing: a decode step is exact and takes no iterations.
     """
 
     attention_fn: Any = None
@@ -213,15 +220,19 @@ class LLAttention(_Attention):
     cg_max_iters: int | None = None
     cg_use_preconditioner: bool = False
     implementation: Implementation | None = None
+    sow_residuals: bool = False
 
     def _solver(self) -> dict[str, Any]:
-        core.check_flags(learn_ridge=self.learn_ridge)
+        core.check_flags(learn_ridge=self.learn_ridge, sow_residuals=self.sow_residuals)
         core.check_ridge(self.ridge_lambda, self.ridge_floor if self.learn_ridge else None)
         names = ("cg_atol", "cg_rtol", "cg_max_iters", "cg_use_preconditioner")
         return {name: getattr(self, name) for name in names}
 
     def _of_method(self, inputs_q: Array, heads: Any, head_dim: int) -> dict[str, Any]:
         return {"ridge_lambda": self._ridge()}
+
+    def _sower(self) -> core.Sow | None:
+        return partial(self.sow, "intermediates", "residuals") if self.sow_residuals else None
 
     def _ridge(self) -> float | Float[Array, " N"]:
         if not self.learn_ridge:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +31,10 @@ class CachedAttention(nnx.MultiHeadAttention):
     def of_method(self, inputs_q: Array, qkv_sharding: Any) -> dict[str, Any]:
         """``{"ridge_lambda": ...}`` or ``{"probe": ...}``, of these inputs."""
         raise NotImplementedError
+
+    def sower(self) -> core.Sow | None:
+        """What a call hands its solves' residuals to, if anything."""
+        return None
 
     def init_cache(self, input_shape: Sequence[int], dtype: Dtype = jnp.float32) -> None:
         """Makes an empty cache, which calls with ``decode=True`` need; an old one is dropped.
@@ -81,7 +86,7 @@ class CachedAttention(nnx.MultiHeadAttention):
                 a cache S is its capacity. A query that sees no key gets attention output zero.
             deterministic: Without effect, as in Flax without dropout.
             rngs: Without effect, as in Flax without dropout.
-            sow_weights: Must be False.
+            sow_weights: Must be False: see the constructor's ``sow_residuals``.
             decode: Whether to append to the cache and attend to it; None for the constructor's, and one of the two must
                 be given, as in Flax. Any number of tokens, at the next positions. The result is that of a
                 causal call over the whole sequence.
@@ -150,7 +155,7 @@ class CachedAttention(nnx.MultiHeadAttention):
         }
         if not decode:
             core.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
-            o = core.forward(self.settings, query, key, value, **arguments, **hiding)
+            o = core.forward(self.settings, query, key, value, **arguments, **hiding, sow=self.sower())
         else:
             if self.cached_key is None or self.cached_value is None or self.cache_index is None:
                 raise ValueError("decode=True needs a cache: call init_cache first")
@@ -246,6 +251,7 @@ class LLAttention(CachedAttention):
         cg_max_iters: int | None = None,
         cg_use_preconditioner: bool = False,
         implementation: Implementation | None = None,
+        sow_residuals: bool = False,
     ):
         """The arguments of ``flax.nnx.MultiHeadAttention``, in its order, then those of Local Linear Attention.
 
@@ -303,6 +309,10 @@ class LLAttention(CachedAttention):
             cg_use_preconditioner: See :func:`flashlla_jax.lla_attention`.
             implementation: See :func:`flashlla_jax.lla_attention`; with a cache also of
                 :func:`flashlla_jax.lla_decode`.
+            sow_residuals: Whether a call sows its :class:`flashlla_jax.Residuals`, arrays ``[batch..., T, num_heads]``,
+                as the ``nnx.Intermediate`` ``residuals``, which ``nnx.capture`` collects. They are of the forward pass.
+                ``model.set_attributes(sow_residuals=True)`` switches it on in a whole model. Calls with a cache sow
+                nothing: a decode step is exact and takes no iterations.
 
         Raises:
             TypeError: ``ridge_lambda`` is not a number, or ``local_window_size`` not ints.
@@ -311,7 +321,7 @@ class LLAttention(CachedAttention):
         """
         core.check_dropout(dropout_rate)
         core.check_attention_fn(attention_fn)
-        core.check_flags(is_causal=is_causal, learn_ridge=learn_ridge)
+        core.check_flags(is_causal=is_causal, learn_ridge=learn_ridge, sow_residuals=sow_residuals)
         window = core.check_local_window_size(local_window_size)
         ridge_lambda = core.check_ridge(ridge_lambda, ridge_floor if learn_ridge else None)
         super().__init__(
@@ -352,6 +362,7 @@ class LLAttention(CachedAttention):
             key_ln_scale_metadata=key_ln_scale_metadata,
         )
         self.is_causal = is_causal
+        self.sow_residuals = sow_residuals
         self.ridge_lambda = ridge_lambda
         self.ridge_floor = ridge_floor
         self.raw_ridge: nnx.Param[Array] | None = nnx.data(None)
@@ -381,3 +392,6 @@ class LLAttention(CachedAttention):
 
     def of_method(self, inputs_q: Array, qkv_sharding: Any) -> dict[str, Any]:
         return {"ridge_lambda": self.ridge}
+
+    def sower(self) -> core.Sow | None:
+        return partial(self.sow, nnx.Intermediate, "residuals") if self.sow_residuals else None
