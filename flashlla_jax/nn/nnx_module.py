@@ -16,7 +16,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 from jaxtyping import Array, Float
 
 from flashlla_jax.attention import Implementation, lla_attention
-from flashlla_jax.nn import core
+from flashlla_jax.nn import checks, core, decoding
 
 
 class CachedAttention(nnx.MultiHeadAttention):
@@ -119,8 +119,8 @@ class CachedAttention(nnx.MultiHeadAttention):
             NotImplementedError: ``sow_weights``, segments or lengths with a cache, or the named implementation cannot
                 serve this call.
         """
-        core.check_dropout(self.dropout_rate)  # which set_attributes may have changed
-        core.check_sow_weights(sow_weights)
+        checks.check_dropout(self.dropout_rate)  # which set_attributes may have changed
+        checks.check_sow_weights(sow_weights)
         inputs_k, inputs_v = core.keys_and_values(inputs_q, inputs_k, inputs_v)
         inputs = {"inputs_q": inputs_q, "inputs_k": inputs_k, "inputs_v": inputs_v}
         for (name, x), features in zip(
@@ -139,7 +139,7 @@ class CachedAttention(nnx.MultiHeadAttention):
             "key_value_seq_lengths": key_value_seq_lengths,
         }
         if decode:
-            core.check_hiding_with_cache(**hiding)
+            checks.check_hiding_with_cache(**hiding)
 
         query = self.query(inputs_q, out_sharding=qkv_sharding)
         key = self.key(inputs_k, out_sharding=qkv_sharding)
@@ -154,14 +154,14 @@ class CachedAttention(nnx.MultiHeadAttention):
             "positions": input_positions,
         }
         if not decode:
-            core.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
+            checks.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
             o = core.forward(self.settings, query, key, value, **arguments, **hiding, sow=self.sower())
         else:
             if self.cached_key is None or self.cached_value is None or self.cache_index is None:
                 raise ValueError("decode=True needs a cache: call init_cache first")
-            cache = core.Cache(self.cached_key[...], self.cached_value[...], self.cache_index[...])
+            cache = decoding.Cache(self.cached_key[...], self.cached_value[...], self.cache_index[...])
             arguments |= {"starts": decode_starts, "lengths": decode_lengths}
-            o, cache = core.decode(self.settings, query, key, value, cache, **arguments)
+            o, cache = decoding.decode(self.settings, query, key, value, cache, **arguments)
             for variable, x in zip((self.cached_key, self.cached_value, self.cache_index), cache, strict=True):
                 variable.set_value(x)  # the sharding may be new, and the shape of the index
         return self.out(o, out_sharding=out_sharding)
@@ -319,11 +319,11 @@ class LLAttention(CachedAttention):
             ValueError: A number is out of range, or the heads do not divide the features.
             NotImplementedError: ``dropout_rate`` or ``attention_fn`` is given.
         """
-        core.check_dropout(dropout_rate)
-        core.check_attention_fn(attention_fn)
-        core.check_flags(is_causal=is_causal, learn_ridge=learn_ridge, sow_residuals=sow_residuals)
-        window = core.check_local_window_size(local_window_size)
-        ridge_lambda = core.check_ridge(ridge_lambda, ridge_floor if learn_ridge else None)
+        checks.check_dropout(dropout_rate)
+        checks.check_attention_fn(attention_fn)
+        checks.check_flags(is_causal=is_causal, learn_ridge=learn_ridge, sow_residuals=sow_residuals)
+        window = checks.check_local_window_size(local_window_size)
+        ridge_lambda = checks.check_ridge(ridge_lambda, ridge_floor if learn_ridge else None)
         super().__init__(
             num_heads,
             in_features,
