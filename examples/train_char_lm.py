@@ -27,7 +27,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,16 @@ import jax.numpy as jnp
 import numpy as np
 from common.char_lm import (
     GREEDY,
+    SOLVES,
     CharLM,
     Config,
     abstract_model,
     generate,
     make_optimizer,
     solver_steps,
+    summary,
 )
+from common.lm_report import Result, plot, progress, table
 from common.meshes import Placement, agreed, check_sizes, join, mesh_sizes, place, wait_for_all
 from common.runs import (
     Checkpoints,
@@ -58,23 +60,21 @@ from common.runs import (
     seed,
     write,
 )
-from common.stdlib_text import END, VOCABULARY, Text, bigram_loss, load_text, windows
+from common.stdlib_text import END, Text, bigram_loss, load_text, windows
 from common.transformer import (
-    COLORS,
     IMPLEMENTATIONS,
-    LINES,
     LLA,
     PARALLAX,
     SOFTMAX,
     TITLES,
     Array,
     count_parameters,
+    watched,
 )
 from flax import nnx
 
 try:
     import optax
-    from matplotlib.figure import Figure
     from tqdm import tqdm
 except ModuleNotFoundError as error:
     sys.exit(f'{error.name} is not installed; the examples need: pip install "flashlla-jax[examples]"')
@@ -113,14 +113,14 @@ class Trainer:
         places = tuple(placement.of(x) for x in jax.eval_shape(self._initial))
         self._init = jax.jit(self._initial, out_shardings=places)
         self._step = jax.jit(self._train_step, donate_argnums=(0, 1), out_shardings=(*places, whole))
-        self._evaluate = jax.jit(self._validation_loss, out_shardings=whole)
+        self._evaluate = jax.jit(self._validate, out_shardings=whole)
 
     def _initial(self) -> tuple[Any, Any]:
         params = nnx.to_pure_dict(nnx.state(CharLM(self.config, rngs=nnx.Rngs(self.config.seed))))
         return params, self._optimizer.init(params)
 
     def _state(self, params: Any, optimizer: Any) -> State:
-        names = ("loss", "validation", "seconds")
+        names = ("loss", "validation", "seconds", *SOLVES)
         return State(params, optimizer, {name: np.full(self.config.steps, np.nan) for name in names})
 
     def init(self) -> State:
@@ -130,11 +130,15 @@ class Trainer:
         """The shapes and dtypes of the state, and where it lies."""
         return self._state(*self._placement.placed(jax.eval_shape(self._initial)))
 
-    def _loss(self, params: Any, tokens: Array) -> Array:
+    def _given_and_following(self, tokens: Array) -> tuple[Array, Array]:
         tokens = tokens.astype(jnp.int32)
         given, following = (
             jax.lax.with_sharding_constraint(x, self._placement.tokens) for x in (tokens[:, :-1], tokens[:, 1:])
         )
+        return given, following
+
+    def _loss(self, params: Any, tokens: Array) -> Array:
+        given, following = self._given_and_following(tokens)
         logits = nnx.merge(self._graph, params)(given)
         return optax.softmax_cross_entropy_with_integer_labels(logits, following).mean()
 
@@ -155,12 +159,21 @@ class Trainer:
         state.params, state.optimizer, loss = self._step(state.params, state.optimizer, self._text, np.int32(step))
         return float(loss)
 
-    def _validation_loss(self, params: Any, pieces: Array) -> Array:
-        batches = pieces.reshape(-1, math.gcd(len(pieces), self.config.batch), pieces.shape[1])
-        return jax.lax.map(partial(self._loss, params), batches).mean()
+    def _figures(self, params: Any, tokens: Array) -> dict[str, Array]:
+        """The loss and, for LLA, how the solves went: a training step does not look, and so pays nothing for it."""
+        given, following = self._given_and_following(tokens)
+        logits, solves = watched(nnx.merge(self._graph, params), given)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, following).mean()
+        return {"validation": loss} | ({} if solves is None else summary(solves))
 
-    def evaluate(self, state: State) -> float:
-        return float(self._evaluate(state.params, self._validation))
+    def _validate(self, params: Any, pieces: Array) -> dict[str, Array]:
+        batches = pieces.reshape(-1, math.gcd(len(pieces), self.config.batch), pieces.shape[1])
+        figures = jax.lax.map(partial(self._figures, params), batches)
+        return {name: x.max() if name == "relative_error" else x.mean() for name, x in figures.items()}
+
+    def evaluate(self, state: State) -> dict[str, float]:
+        """On the validation text, under the names that they have in the history."""
+        return {name: float(x) for name, x in self._evaluate(state.params, self._validation).items()}
 
 
 def train(
@@ -199,11 +212,13 @@ def train(
             last = step + 1 == config.steps
             signal = agreed(stop.signal)
             if last or (step + 1) % config.eval_every == 0:
-                history["validation"][step] = validation = trainer.evaluate(state)
-                if not math.isfinite(validation):
+                figures = trainer.evaluate(state)
+                for name, figure in figures.items():
+                    history[name][step] = figure
+                if not math.isfinite(validation := figures["validation"]):
                     raise RunError(f"the validation loss is {validation} after step {step + 1}; lower --learning-rate")
                 if not silent:
-                    bar.write(f"step {step + 1}: loss {loss:.4f}, validation loss {validation:.4f}")
+                    bar.write(progress(step + 1, loss, figures))
             bar.set_postfix_str(f"loss {loss:.3f}, {config.batch * config.context / seconds:,.0f} tokens/s", False)
             bar.update()
             if last or signal or (step + 1) % checkpoint_every == 0:
@@ -212,72 +227,6 @@ def train(
                 message = f"stopped after step {step + 1} of {config.steps}, saved in {checkpoints.directory}"
                 raise Stopped(signal, message)
     return state
-
-
-# ---- what comes out
-
-
-@dataclass(frozen=True)
-class Result:
-    config: Config
-    parameters: int
-    history: dict[str, np.ndarray]
-    solver_steps: list[float] | None
-
-    @property
-    def step_seconds(self) -> float:
-        """The median, without the steps that compiled."""
-        seconds = self.history["seconds"]
-        return float(np.nanmedian(seconds)) if np.isfinite(seconds).any() else math.nan
-
-    @property
-    def validation(self) -> list[tuple[int, float]]:
-        """Steps taken and the loss after them."""
-        values = self.history["validation"]
-        return [(int(i) + 1, float(values[i])) for i in np.flatnonzero(np.isfinite(values))]
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "config": dataclasses.asdict(self.config),
-            "parameters": self.parameters,
-            "median_step_seconds": self.step_seconds,
-            "solver_steps_by_layer": self.solver_steps,
-            "validation_loss": self.validation[-1][1],
-            "validation": self.validation,
-            "loss": [float(x) for x in self.history["loss"]],
-        }
-
-
-def table(results: Sequence[Result], bigram: float, devices: int) -> str:
-    lines = [f"{'':18} parameters   median step       tokens/s     a device   validation loss (nats/byte)"]
-    for r in results:
-        seconds = r.step_seconds
-        rate = r.config.batch * r.config.context / seconds
-        row = f"{TITLES[r.config.attention]:18} {r.parameters:10,} {1e3 * seconds:10.1f} ms {rate:14,.0f}"
-        lines.append(f"{row} {rate / devices:12,.0f}   {r.validation[-1][1]:.4f}")
-    lines.append(f"{'bigram model':18} {VOCABULARY**2:10,} {'':13} {'':14} {'':12}   {bigram:.4f}")
-    return "\n".join(lines)
-
-
-def plot(results: Sequence[Result], bigram: float) -> Figure:
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    ax = figure.subplots()
-    for r in results:
-        color, title = COLORS[r.config.attention], TITLES[r.config.attention]
-        ax.plot(np.arange(r.config.steps) + 1, r.history["loss"], color=color, alpha=0.3, linewidth=0.8)
-        style, label = LINES[r.config.attention], f"{title}, validation: {r.validation[-1][1]:.3f}"
-        ax.plot(*zip(*r.validation, strict=True), style, color=color, markerfacecolor="none", label=label)
-    ax.axhline(bigram, color="#777777", linestyle="--", linewidth=1, label="bigram model, validation")
-    ax.set_xlabel("step")
-    ax.set_ylabel("loss, nats per byte (thin: training batches)")
-    ax.set_ylim(top=min(ax.get_ylim()[1], math.log(VOCABULARY)))
-    ax.set_yscale("log")  # curves that end close together are apart
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}")
-    ax.set_title("Byte-level language model: loss against step", fontsize=12)
-    ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    return figure
 
 
 # ---- the command

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flashlla_jax import Residuals
+
 from .meshes import Placement
 from .stdlib_text import END, VOCABULARY, Text, windows
-from .transformer import LLA, Array, Transformer, decayed
+from .transformer import LLA, Array, Transformer, decayed, watched
 
 try:
     import optax
@@ -32,6 +35,13 @@ except ModuleNotFoundError as error:
 # and 1.706; softmax attention went from 1.743 to 1.727. With heads of 64 and 150 steps of training: ridge 1 without QK
 # norm 11 and 2.212, with it 10 and 2.210; ridge 10 without it 5 and 2.233, with it 4 and 2.213.
 RIDGE = 10.0
+
+# What an evaluation says of LLA's solves in the forward pass, by its name in the history, and what a plot calls it.
+SOLVES = {
+    "iterations": "solver's steps, mean",
+    "relative_error": "relative error, largest",
+    "unconverged": "share not converged",
+}
 
 
 @dataclass(frozen=True)
@@ -92,9 +102,6 @@ class CharLM(nnx.Module):
     def __call__(self, tokens: Array, decode: bool = False, starts: Array | None = None) -> Array:
         return self.head(self.transformer(self.embed(tokens), decode=decode, starts=starts))
 
-    def solver_steps(self, tokens: Array) -> Array:
-        return self.transformer.solver_steps(self.embed(tokens))
-
 
 def abstract_model(config: Config) -> tuple[Any, Any]:
     """The model's structure and the shapes of its parameters; computes nothing."""
@@ -115,9 +122,24 @@ def solver_steps(config: Config, params: Any, text: Text, placement: Placement) 
     if config.attention != LLA:
         return None
     graph, _ = abstract_model(config)
-    pieces = windows(text.validation, min(8, config.eval_windows), config.context).astype(np.int32)
-    run = jax.jit(lambda params: nnx.merge(graph, params).solver_steps(pieces), out_shardings=placement.whole)
+    pieces = jnp.asarray(windows(text.validation, min(8, config.eval_windows), config.context), jnp.int32)
+
+    @partial(jax.jit, out_shardings=placement.whole)
+    def run(params: Any) -> Array:
+        _, solves = watched(nnx.merge(graph, params), pieces)
+        assert solves is not None
+        return solves.iterations.reshape(len(solves.iterations), -1).mean(-1)
+
     return [round(float(x), 2) for x in np.asarray(run(params))]
+
+
+def summary(solves: Residuals) -> dict[str, Array]:
+    """The figures of SOLVES, over all layers and queries."""
+    return {
+        "iterations": solves.iterations.mean(),
+        "relative_error": solves.relative_error.max(),
+        "unconverged": (~solves.converged).mean(),
+    }
 
 
 # ---- sampling

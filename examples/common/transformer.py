@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flashlla_jax import LLAttention, ParallaxAttention, lla_attention
+from flashlla_jax import LLAttention, ParallaxAttention, Residuals
 from flashlla_jax.attention import Implementation
 from flashlla_jax.nn.rope import rotate
 
@@ -235,37 +235,18 @@ class Transformer(nnx.Module):
             x = block(x, decode=decode, starts=starts)
         return self.norm(x)
 
-    def solver_steps(self, x: Array) -> Array:
-        """For LLA, layer by layer: the conjugate-gradient steps that a query's solve takes in the forward pass, mean.
-
-        ``LLAttention`` does not tell: what it gives its operator is made here once more.
-        """
-        steps = []
-        for block in self.blocks:
-            layer: Any = block.attention
-            normed = block.attention_norm(x)
-            q, k, v = layer.query(normed), layer.key(normed), layer.value(normed)
-            if layer.query_ln is not None and layer.key_ln is not None:
-                q, k = layer.query_ln(q), layer.key_ln(k)
-            if layer.settings.rope is not None:
-                positions = jnp.arange(x.shape[1])
-                q, k = rotate(q, positions, layer.settings.rope), rotate(k, positions, layer.settings.rope)
-            _, residuals = lla_attention(
-                q,
-                k,
-                v,
-                ridge_lambda=layer.ridge,
-                implementation=layer.settings.implementation,
-                return_residuals=True,
-            )
-            steps.append(residuals.iterations.mean())
-            x = block(x)
-        return jnp.stack(steps)
-
     def init_cache(self, batch: int, length: int) -> None:
         """Sets up empty caches for ``batch`` sequences of up to ``length`` tokens, to be fed with ``decode=True``."""
         for block in self.blocks:
             block.attention.init_cache((batch, length, self.features), self.dtype)
+
+
+def watched(model: nnx.Module, *inputs: Array) -> tuple[Array, Residuals | None]:
+    """The model's output, and what LLA's solves did: arrays ``(layers, B, T, N)``, None where no layer is LLA's."""
+    model.set_attributes(sow_residuals=True, raise_if_not_found=False)
+    out, sown = nnx.capture(model, nnx.Intermediate)(*inputs)
+    layers = jax.tree.leaves(nnx.to_pure_dict(sown), is_leaf=lambda x: isinstance(x, Residuals))
+    return out, jax.tree.map(lambda *xs: jnp.stack(xs), *layers) if layers else None
 
 
 def compute_dtype(name: str, head_dim: int) -> Any:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from flashlla_jax.arguments import check_integers
 from flashlla_jax.attention import Implementation, Ridge
-from flashlla_jax.nn import core
+from flashlla_jax.nn import checks, core, decoding
 
 
 def attention_fn(
@@ -77,14 +77,14 @@ def attention_fn(
         raise TypeError("attention_fn makes the function: a module takes attention_fn=attention_fn(), with parentheses")
     if others:
         raise TypeError(f"attention_fn has no argument {', '.join(others)}")
-    core.check_flags(is_causal=is_causal, cg_use_preconditioner=cg_use_preconditioner)
-    core.check_operator(cg_max_iters, implementation)
+    checks.check_flags(is_causal=is_causal, cg_use_preconditioner=cg_use_preconditioner)
+    checks.check_operator(cg_max_iters, implementation)
     if not isinstance(ridge_lambda, np.ndarray | jax.Array):
-        ridge_lambda = core.check_ridge(ridge_lambda, None)
+        ridge_lambda = checks.check_ridge(ridge_lambda, None)
     return AttentionFn(
         ridge_lambda=ridge_lambda,
         is_causal=is_causal,
-        local_window_size=core.check_local_window_size(local_window_size),
+        local_window_size=checks.check_local_window_size(local_window_size),
         segment_ids=_check_segments(segment_ids),
         query_seq_lengths=_check_bound("query_seq_lengths", query_seq_lengths, "an integer array"),
         key_value_seq_lengths=_check_bound("key_value_seq_lengths", key_value_seq_lengths, "an integer array"),
@@ -180,10 +180,10 @@ class AttentionFn:
             raise NotImplementedError(
                 "input_positions must be None: attention_fn has no rotary embedding, LLAttention(rope=...) has"
             )
-        core.check_einsums(qk_attn_weights_einsum, attn_weights_value_einsum)
+        checks.check_einsums(qk_attn_weights_einsum, attn_weights_value_einsum)
         if not deterministic:
-            core.check_dropout(dropout_rate)
-        core.check_sow_weights(module is not None)
+            checks.check_dropout(dropout_rate)
+        checks.check_sow_weights(module is not None)
         for name in ("local_window_size", "query_seq_lengths"):
             if getattr(self, name) is not None and query.shape[-3] == 1 < key.shape[-3]:
                 raise NotImplementedError(
@@ -195,6 +195,6 @@ class AttentionFn:
         if query.shape[-3] == 1 and all(x is None for x in hiding):
             # a decode step, where it sees the cache: its token is the last, causal or not
             exact = {name: getattr(self, name) for name in ("ridge_lambda", "qk_scale", "implementation")}
-            return core.attend_one(query, key, value, mask=mask, precision=precision, **exact)
+            return decoding.attend_one(query, key, value, mask=mask, precision=precision, **exact)
         options: dict[str, Any] = vars(self) | {"is_causal": self.is_causal or is_causal}
         return core.attend(query, key, value, mask=mask, precision=precision, **options)

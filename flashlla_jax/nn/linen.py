@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from flashlla_jax.attention import Implementation
-from flashlla_jax.nn import core
+from flashlla_jax.nn import checks, core, decoding
 
 
 class _Attention(nn.MultiHeadDotProductAttention):
@@ -31,6 +31,10 @@ class _Attention(nn.MultiHeadDotProductAttention):
     def _of_method(self, inputs_q: Array, heads: Any, head_dim: int) -> dict[str, Any]:
         """``{"ridge_lambda": ...}`` or ``{"probe": ...}``; ``heads`` makes a projection into heads."""
         raise NotImplementedError
+
+    def _sower(self) -> core.Sow | None:
+        """What a call hands its solves' residuals to, if anything."""
+        return None
 
     @nn.compact
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -61,7 +65,7 @@ class _Attention(nn.MultiHeadDotProductAttention):
             mask: As in :class:`flashlla_jax.LLAttention`.
             deterministic: Without effect, as in Flax without dropout.
             dropout_rng: Without effect, as in Flax without dropout.
-            sow_weights: Must be False.
+            sow_weights: Must be False: see the attribute ``sow_residuals`` of :class:`LLAttention`.
             input_positions: As in :class:`flashlla_jax.LLAttention`, and so are the following.
             segment_ids: See :class:`flashlla_jax.LLAttention`. Not with ``decode=True``, as are the lengths.
             query_seq_lengths: See :class:`flashlla_jax.LLAttention`.
@@ -77,18 +81,18 @@ class _Attention(nn.MultiHeadDotProductAttention):
             TypeError: An array has the wrong type or dtype, the ridge is not a number, or the window is not ints.
             NotImplementedError: The module cannot serve an argument.
         """
-        core.check_dropout(self.dropout_rate)
-        core.check_attention_fn(self.attention_fn)
-        core.check_flags(is_causal=self.is_causal)
-        core.check_sow_weights(sow_weights)
-        core.check_einsums(self.qk_attn_weights_einsum_cls, self.attn_weights_value_einsum_cls)
+        checks.check_dropout(self.dropout_rate)
+        checks.check_attention_fn(self.attention_fn)
+        checks.check_flags(is_causal=self.is_causal)
+        checks.check_sow_weights(sow_weights)
+        checks.check_einsums(self.qk_attn_weights_einsum_cls, self.attn_weights_value_einsum_cls)
         if inputs_kv is not None:
             if inputs_k is not None or inputs_v is not None:
                 raise ValueError("inputs_kv is inputs_k under its old name: give one of them, and no inputs_v with it")
             inputs_k = inputs_kv
         inputs_k, inputs_v = core.keys_and_values(inputs_q, inputs_k, inputs_v)
 
-        kv_heads = core.check_heads(self.num_heads, self.num_kv_heads)
+        kv_heads = checks.check_heads(self.num_heads, self.num_kv_heads)
         features = self.qkv_features or inputs_q.shape[-1]
         if features % self.num_heads:
             raise ValueError(f"num_heads must divide qkv_features, got {self.num_heads} for {features}")
@@ -98,7 +102,7 @@ class _Attention(nn.MultiHeadDotProductAttention):
             qk_scale=self.qk_scale,
             precision=self.precision,
             implementation=self.implementation,
-            local_window_size=core.check_local_window_size(self.local_window_size),
+            local_window_size=checks.check_local_window_size(self.local_window_size),
             **self._solver(),
         )
         settings.check(features // self.num_heads)
@@ -137,19 +141,19 @@ class _Attention(nn.MultiHeadDotProductAttention):
             "key_value_seq_lengths": key_value_seq_lengths,
         }
         if self.decode:
-            core.check_hiding_with_cache(**hiding)
+            checks.check_hiding_with_cache(**hiding)
         # init makes the cache, as long as its inputs, and attends without it
         has_cache = self.has_variable("cache", "cached_key")
         variables = self._cache(key, value) if self.decode else ()
         if self.decode and has_cache:
-            cache = core.Cache(*(variable.value for variable in variables))
+            cache = decoding.Cache(*(variable.value for variable in variables))
             arguments |= {"starts": decode_starts, "lengths": decode_lengths}
-            o, cache = core.decode(settings, query, key, value, cache, **arguments)
+            o, cache = decoding.decode(settings, query, key, value, cache, **arguments)
             for variable, x in zip(variables, cache, strict=True):
                 variable.value = x
         else:
-            core.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
-            o = core.forward(settings, query, key, value, **arguments, **hiding)
+            checks.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
+            o = core.forward(settings, query, key, value, **arguments, **hiding, sow=self._sower())
         return project(
             self.out_features or inputs_q.shape[-1],
             axis=(-2, -1),
@@ -197,6 +201,9 @@ class LLAttention(_Attention):
         cg_max_iters: See :func:`flashlla_jax.lla_attention`.
         cg_use_preconditioner: See :func:`flashlla_jax.lla_attention`.
         implementation: See :func:`flashlla_jax.lla_attention`; with a cache also of :func:`flashlla_jax.lla_decode`.
+        sow_residuals: Whether a call with ``mutable=["intermediates"]`` sows its :class:`flashlla_jax.Residuals`,
+            arrays ``[batch..., T, num_heads]``, as ``residuals``. They are of the forward pass. Calls with a cache sow
+            nothing: a decode step is exact and takes no iterations.
     """
 
     attention_fn: Any = None
@@ -213,15 +220,19 @@ class LLAttention(_Attention):
     cg_max_iters: int | None = None
     cg_use_preconditioner: bool = False
     implementation: Implementation | None = None
+    sow_residuals: bool = False
 
     def _solver(self) -> dict[str, Any]:
-        core.check_flags(learn_ridge=self.learn_ridge)
-        core.check_ridge(self.ridge_lambda, self.ridge_floor if self.learn_ridge else None)
+        checks.check_flags(learn_ridge=self.learn_ridge, sow_residuals=self.sow_residuals)
+        checks.check_ridge(self.ridge_lambda, self.ridge_floor if self.learn_ridge else None)
         names = ("cg_atol", "cg_rtol", "cg_max_iters", "cg_use_preconditioner")
         return {name: getattr(self, name) for name in names}
 
     def _of_method(self, inputs_q: Array, heads: Any, head_dim: int) -> dict[str, Any]:
         return {"ridge_lambda": self._ridge()}
+
+    def _sower(self) -> core.Sow | None:
+        return partial(self.sow, "intermediates", "residuals") if self.sow_residuals else None
 
     def _ridge(self) -> float | Float[Array, " N"]:
         if not self.learn_ridge:

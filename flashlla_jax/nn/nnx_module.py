@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +16,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 from jaxtyping import Array, Float
 
 from flashlla_jax.attention import Implementation, lla_attention
-from flashlla_jax.nn import core
+from flashlla_jax.nn import checks, core, decoding
 
 
 class CachedAttention(nnx.MultiHeadAttention):
@@ -30,6 +31,10 @@ class CachedAttention(nnx.MultiHeadAttention):
     def of_method(self, inputs_q: Array, qkv_sharding: Any) -> dict[str, Any]:
         """``{"ridge_lambda": ...}`` or ``{"probe": ...}``, of these inputs."""
         raise NotImplementedError
+
+    def sower(self) -> core.Sow | None:
+        """What a call hands its solves' residuals to, if anything."""
+        return None
 
     def init_cache(self, input_shape: Sequence[int], dtype: Dtype = jnp.float32) -> None:
         """Makes an empty cache, which calls with ``decode=True`` need; an old one is dropped.
@@ -81,7 +86,7 @@ class CachedAttention(nnx.MultiHeadAttention):
                 a cache S is its capacity. A query that sees no key gets attention output zero.
             deterministic: Without effect, as in Flax without dropout.
             rngs: Without effect, as in Flax without dropout.
-            sow_weights: Must be False.
+            sow_weights: Must be False: see the constructor's ``sow_residuals``.
             decode: Whether to append to the cache and attend to it; None for the constructor's, and one of the two must
                 be given, as in Flax. Any number of tokens, at the next positions. The result is that of a
                 causal call over the whole sequence.
@@ -114,8 +119,8 @@ class CachedAttention(nnx.MultiHeadAttention):
             NotImplementedError: ``sow_weights``, segments or lengths with a cache, or the named implementation cannot
                 serve this call.
         """
-        core.check_dropout(self.dropout_rate)  # which set_attributes may have changed
-        core.check_sow_weights(sow_weights)
+        checks.check_dropout(self.dropout_rate)  # which set_attributes may have changed
+        checks.check_sow_weights(sow_weights)
         inputs_k, inputs_v = core.keys_and_values(inputs_q, inputs_k, inputs_v)
         inputs = {"inputs_q": inputs_q, "inputs_k": inputs_k, "inputs_v": inputs_v}
         for (name, x), features in zip(
@@ -134,7 +139,7 @@ class CachedAttention(nnx.MultiHeadAttention):
             "key_value_seq_lengths": key_value_seq_lengths,
         }
         if decode:
-            core.check_hiding_with_cache(**hiding)
+            checks.check_hiding_with_cache(**hiding)
 
         query = self.query(inputs_q, out_sharding=qkv_sharding)
         key = self.key(inputs_k, out_sharding=qkv_sharding)
@@ -149,14 +154,14 @@ class CachedAttention(nnx.MultiHeadAttention):
             "positions": input_positions,
         }
         if not decode:
-            core.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
-            o = core.forward(self.settings, query, key, value, **arguments, **hiding)
+            checks.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
+            o = core.forward(self.settings, query, key, value, **arguments, **hiding, sow=self.sower())
         else:
             if self.cached_key is None or self.cached_value is None or self.cache_index is None:
                 raise ValueError("decode=True needs a cache: call init_cache first")
-            cache = core.Cache(self.cached_key[...], self.cached_value[...], self.cache_index[...])
+            cache = decoding.Cache(self.cached_key[...], self.cached_value[...], self.cache_index[...])
             arguments |= {"starts": decode_starts, "lengths": decode_lengths}
-            o, cache = core.decode(self.settings, query, key, value, cache, **arguments)
+            o, cache = decoding.decode(self.settings, query, key, value, cache, **arguments)
             for variable, x in zip((self.cached_key, self.cached_value, self.cache_index), cache, strict=True):
                 variable.set_value(x)  # the sharding may be new, and the shape of the index
         return self.out(o, out_sharding=out_sharding)
@@ -246,6 +251,7 @@ class LLAttention(CachedAttention):
         cg_max_iters: int | None = None,
         cg_use_preconditioner: bool = False,
         implementation: Implementation | None = None,
+        sow_residuals: bool = False,
     ):
         """The arguments of ``flax.nnx.MultiHeadAttention``, in its order, then those of Local Linear Attention.
 
@@ -303,17 +309,21 @@ class LLAttention(CachedAttention):
             cg_use_preconditioner: See :func:`flashlla_jax.lla_attention`.
             implementation: See :func:`flashlla_jax.lla_attention`; with a cache also of
                 :func:`flashlla_jax.lla_decode`.
+            sow_residuals: Whether a call sows its :class:`flashlla_jax.Residuals`, arrays ``[batch..., T, num_heads]``,
+                as the ``nnx.Intermediate`` ``residuals``, which ``nnx.capture`` collects. They are of the forward pass.
+                ``model.set_attributes(sow_residuals=True)`` switches it on in a whole model. Calls with a cache sow
+                nothing: a decode step is exact and takes no iterations.
 
         Raises:
             TypeError: ``ridge_lambda`` is not a number, or ``local_window_size`` not ints.
             ValueError: A number is out of range, or the heads do not divide the features.
             NotImplementedError: ``dropout_rate`` or ``attention_fn`` is given.
         """
-        core.check_dropout(dropout_rate)
-        core.check_attention_fn(attention_fn)
-        core.check_flags(is_causal=is_causal, learn_ridge=learn_ridge)
-        window = core.check_local_window_size(local_window_size)
-        ridge_lambda = core.check_ridge(ridge_lambda, ridge_floor if learn_ridge else None)
+        checks.check_dropout(dropout_rate)
+        checks.check_attention_fn(attention_fn)
+        checks.check_flags(is_causal=is_causal, learn_ridge=learn_ridge, sow_residuals=sow_residuals)
+        window = checks.check_local_window_size(local_window_size)
+        ridge_lambda = checks.check_ridge(ridge_lambda, ridge_floor if learn_ridge else None)
         super().__init__(
             num_heads,
             in_features,
@@ -352,6 +362,7 @@ class LLAttention(CachedAttention):
             key_ln_scale_metadata=key_ln_scale_metadata,
         )
         self.is_causal = is_causal
+        self.sow_residuals = sow_residuals
         self.ridge_lambda = ridge_lambda
         self.ridge_floor = ridge_floor
         self.raw_ridge: nnx.Param[Array] | None = nnx.data(None)
@@ -381,3 +392,6 @@ class LLAttention(CachedAttention):
 
     def of_method(self, inputs_q: Array, qkv_sharding: Any) -> dict[str, Any]:
         return {"ridge_lambda": self.ridge}
+
+    def sower(self) -> core.Sow | None:
+        return partial(self.sow, nnx.Intermediate, "residuals") if self.sow_residuals else None

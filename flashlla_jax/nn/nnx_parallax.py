@@ -9,7 +9,7 @@ from flax.typing import Initializer
 from jaxtyping import Array
 
 from flashlla_jax.attention import Implementation
-from flashlla_jax.nn import core
+from flashlla_jax.nn import checks, core
 from flashlla_jax.nn.nnx_module import CachedAttention
 from flashlla_jax.parallax import parallax_attention
 
@@ -76,10 +76,10 @@ class ParallaxAttention(CachedAttention):
             ValueError: A number is out of range, or the heads do not divide the features.
             NotImplementedError: ``dropout_rate`` or ``attention_fn`` is given.
         """
-        core.check_dropout(flax.get("dropout_rate", 0.0))
-        core.check_attention_fn(flax.pop("attention_fn", None))
-        core.check_flags(is_causal=is_causal)
-        window = core.check_local_window_size(local_window_size)
+        checks.check_dropout(flax.get("dropout_rate", 0.0))
+        checks.check_attention_fn(flax.pop("attention_fn", None))
+        checks.check_flags(is_causal=is_causal)
+        window = checks.check_local_window_size(local_window_size)
         sizes = (num_heads, in_features, qkv_features, out_features, num_kv_heads, in_kv_features)
         super().__init__(*sizes, attention_fn=parallax_attention, rngs=rngs, **flax)
         self.probe = nnx.LinearGeneral(

@@ -129,7 +129,12 @@ def test_what_comes_out(finished):
     assert validation[-1][1] < validation[0][1] < np.log(256)
     assert f"{validation[-1][1]:.4f}" in out
     assert "bigram model" in out
-    steps = json.loads((output / "results.json").read_text())["results"][0]["solver_steps_by_layer"]
+    result = json.loads((output / "results.json").read_text())["results"][0]
+    assert set(result["solves"]) == {"iterations", "relative_error", "unconverged"}
+    for figures in result["solves"].values():
+        assert [step for step, _ in figures] == [30, 60, 90]
+    assert f"solves: {result['solves']['iterations'][-1][1]:.1f} steps in the mean, relative error up to " in out
+    steps = result["solver_steps_by_layer"]
     assert len(steps) == 1
     assert 1 <= steps[0] <= 32
     assert f"layer by layer: {steps[0]}\n" in out
@@ -314,7 +319,7 @@ def instant(example, monkeypatch) -> ModuleType:
 
     class Trainer:
         def __init__(self, config, text, placement):
-            self._history = {name: np.full(config.steps, np.nan) for name in ("loss", "validation", "seconds")}
+            self._history = {name: np.full(config.steps, np.nan) for name in NAMES}
 
         def init(self):
             return example.State({"x": np.zeros(2)}, {"x": np.zeros(2)}, self._history)
@@ -325,13 +330,14 @@ def instant(example, monkeypatch) -> ModuleType:
             return 2.0
 
         def evaluate(self, state):
-            return 1.0
+            return {"validation": 1.0}
 
     monkeypatch.setattr(example, "Trainer", Trainer)
     monkeypatch.setattr(example, "solver_steps", lambda *_: None)
     return example
 
 
+NAMES = ("loss", "validation", "seconds", "iterations", "relative_error", "unconverged")
 INSTANT = ["--steps", "4", "--warmup", "1", "--eval-every", "2", "--eval-windows", "2", "--attention", "both"]
 
 
@@ -388,7 +394,7 @@ def test_folder_that_cannot_be_written(example, tmp_path, monkeypatch, capsys):
 
 
 def test_validation_loss_that_is_not_finite(instant, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(instant.Trainer, "evaluate", lambda *_: float("nan"))
+    monkeypatch.setattr(instant.Trainer, "evaluate", lambda *_: {"validation": float("nan")})
     line = refusal(instant, capsys, tmp_path, *INSTANT)
     assert line.endswith("the validation loss is nan after step 2; lower --learning-rate")
 
