@@ -258,7 +258,7 @@ class ImplementationTests:
         """It holds for keys whose residual says little, and the bound is what it says: |r| / sqrt(lambda x.A x)."""
         shape = Shape(queries=96, keys=96)
         inputs = draw(shape, "float32", "low_rank")
-        kwargs: dict[str, Any] = {"ridge_lambda": 0.1, "return_residuals": True}
+        kwargs: dict[str, Any] = {"ridge_lambda": 0.1, "return_residuals": True, "precision": "highest"}
         _, residuals = lla_attention(*inputs[:3], implementation=self.implementation, **kwargs)
         assert bool(residuals.converged.all())
         assert float(residuals.relative_error.max()) <= 1e-13**0.5  # the square root of tau, docs/design.md
@@ -280,7 +280,8 @@ class ImplementationTests:
     def test_a_stagnated_solve_ends(self) -> None:
         """A stop beyond what rounding allows does not run to the cap, and is told from one that was reached."""
         inputs = draw(Shape(queries=64, keys=64), "float32")
-        kwargs: dict[str, Any] = {"ridge_lambda": 0.1, "return_residuals": True, "implementation": self.implementation}
+        kwargs: dict[str, Any] = {"ridge_lambda": 0.1, "return_residuals": True, "precision": "highest"}
+        kwargs["implementation"] = self.implementation
         o, residuals = lla_attention(*inputs[:3], **kwargs)
         beyond, stagnated = lla_attention(*inputs[:3], cg_rtol=0.0, cg_max_iters=1000, **kwargs)
         assert int(stagnated.iterations.max()) <= 2 * int(residuals.iterations.max())

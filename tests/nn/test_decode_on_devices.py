@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flashlla_jax.nn import core
+from flashlla_jax.nn import core, decoding
 from tests.nn.test_decode import BOUNDS, CAPACITY, linen_twin, step, worst
 from tests.nn.test_modules import FEATURES, VARIANTS, call, inputs, module
 
@@ -30,12 +30,12 @@ class TestOnTwoDevices:
     @staticmethod
     def run(q: Any, k: Any, v: Any, keys: Any, values: Any) -> Any:
         settings = core.Settings(None, 100.0, None, None, None, None, False, None, None, None)
-        o, cache = core.decode(
+        o, cache = decoding.decode(
             settings,
             q,
             k,
             v,
-            core.Cache(keys, values, jnp.asarray(7, jnp.int32)),
+            decoding.Cache(keys, values, jnp.asarray(7, jnp.int32)),
             ridge_lambda=1.0,
             is_causal=True,
             mask=None,
@@ -45,7 +45,7 @@ class TestOnTwoDevices:
 
     @pytest.mark.parametrize("spec", [P("x"), P(None, None, "x")], ids=["batch", "heads"])
     @pytest.mark.parametrize("explicit", [True, False], ids=["explicit mesh", "shard_map"])
-    def test_of_core(self, spec: P, explicit: bool) -> None:
+    def test_of_decoding(self, spec: P, explicit: bool) -> None:
         if len(jax.devices()) < 2:
             pytest.skip("needs two devices")
         kind = AxisType.Explicit if explicit else AxisType.Auto
