@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from flashlla_jax.arguments import check_integers
 from flashlla_jax.attention import lla_attention
@@ -116,6 +116,8 @@ def decode(
         _append(cache.value, value, first, lengths),
         jnp.where(first < 0, first, first + new),
     )
+    if mask is not None:
+        mask = fold_mask(mask, (*batch, query.shape[-2], length, capacity))
     seen = _Seen(jnp.broadcast_to(first, batch), lengths, starts, mask)
     if length <= MOST_TOKENS and lengths is None:
         o = _few_tokens(settings, query, probe, cache, ridge_lambda, seen)
@@ -130,7 +132,7 @@ class _Seen(NamedTuple):
     first: Int[Array, "*batch"]  # the position of the first token
     lengths: Int[Array, "*batch"] | None
     starts: Int[Array, "*batch"] | None
-    mask: Any
+    mask: Bool[Array, "#B #N #T #S"] | None
 
 
 def _check_tokens(query: Array, key: Array, value: Array, cache: Cache) -> None:
@@ -203,12 +205,10 @@ def _few_tokens(
     settings: Settings, query: Array, probe: Array | None, cache: Cache, ridge_lambda: Any, seen: _Seen
 ) -> Array:
     """The last tokens of the cache by the exact step; its state is a D x D matrix per token and head."""
-    *batch, length, heads, _ = query.shape
-    capacity = cache.key.shape[-3]
-    mask = None if seen.mask is None else fold_mask(seen.mask, (*batch, heads, length, capacity))
+    length = query.shape[-3]
     options: dict[str, Any] = {
         "starts": None if seen.starts is None else seen.starts.reshape(-1),
-        "mask": mask,
+        "mask": seen.mask,
         "local_window_size": settings.local_window_size,
         "qk_scale": settings.qk_scale,
         "precision": settings.precision,
@@ -226,9 +226,7 @@ def _many_tokens(
     settings: Settings, query: Array, probe: Array | None, cache: Cache, ridge_lambda: Any, seen: _Seen
 ) -> Array:
     """The last tokens of the cache by the operator, in linear memory, except for a mask."""
-    *batch, length, heads, _ = query.shape
-    capacity = cache.key.shape[-3]
-    mask = None if seen.mask is None else fold_mask(seen.mask, (*batch, heads, length, capacity))
+    length, capacity, mask = query.shape[-3], cache.key.shape[-3], seen.mask
     if seen.starts is not None:
         begun = jnp.arange(capacity, dtype=jnp.int32)[None] >= seen.starts.reshape(-1, 1)
         begun = begun[:, None, None]
