@@ -79,15 +79,15 @@ def solve(
         inverse_diagonal: 1 / diag(A) for the Jacobi preconditioner; None for none.
     """
 
-    def iterate(matvec: Callable[[Array], Array], rhs: Array) -> tuple[Array, Solution]:
+    def iterate(matvec: Callable[[Array], Array], rhs: Array) -> tuple[Array, tuple[Array, ...]]:
         scale = _power_of_two(rhs)
         floor = stop.atol / scale[..., 0] / scale[..., 0]
         solution = _iterate(matvec, rhs / scale, ridge, stop, floor, inverse_diagonal)
-        x = solution.x * scale
-        return x, solution._replace(x=x, residual_norm=solution.residual_norm * scale[..., 0])
+        x, *aux = solution._replace(x=solution.x * scale, residual_norm=solution.residual_norm * scale[..., 0])
+        return x, tuple(aux)
 
-    x, solution = lax.custom_linear_solve(matvec, rhs, iterate, symmetric=True, has_aux=True)
-    return solution._replace(x=x)
+    x, aux = lax.custom_linear_solve(matvec, rhs, iterate, symmetric=True, has_aux=True)
+    return Solution(x, *aux)
 
 
 def _power_of_two(rhs: Array) -> Array:
