@@ -22,7 +22,7 @@ class Constants:
         EXACT: it keeps all of float32; so do, then, the differences of large products, see ``tiles.py``.
         UPCAST: tiles are widened to float32 after loading, and keys taken relative to an origin.
         HALVES: x and u are carried as hi + lo.
-        SPLIT_BELOW: so are a product's weights in a tile that is hard by this measure, see ``tiles.is_hard``.
+        SPLIT_BELOW: so are the weights of a row that is hard by this measure, see ``tiles.is_hard``.
         LOW_ABOVE: the low half of x is used where it moves some kc.x by more than this.
         CAREFUL_ABOVE: what the halves leave of x is used, and the a_ij are made to sum to 1, where that does.
         FROM_FIRST: every interval starts at key 0.

@@ -44,7 +44,7 @@ class Arithmetic(NamedTuple):
     careful_above: float  # what the halves leave of x is, too, and the output's weights made to sum to 1
     forward_tau: float  # the stop: |r|^2 <= tau lambda x.Ax
     backward_tau: float
-    hard_tau: float  # tau in a tile whose weights are split, in units of the others'
+    hard_tau: float  # tau of a hard row, in units of the others'
     finish: bool  # whether these stops count on a last step that takes no product, see kernels/solver.py
 
     @property

@@ -72,6 +72,15 @@ def inverse_diagonal(rows, keys, c: tl.constexpr):
 
 
 @triton.jit
+def bound(rtol, scale, c: tl.constexpr):
+    """The |r|^2 at which a row stops.
+
+    Below 1e-36 a square has lost its digits: such a right-hand side, a weight of 1e-20, is as good as none.
+    """
+    return tl.maximum(rtol * tl.maximum(scale, c.ATOL), 1e-36)
+
+
+@triton.jit
 def solve(rhs, rows, keys, hard, c: tl.constexpr):
     """A ``Solve`` of A x = rhs for each row.
 
@@ -96,11 +105,7 @@ def solve(rhs, rows, keys, hard, c: tl.constexpr):
     energy = tl.zeros((c.BM,), tl.float32)
     rtol = tl.where(hard, c.HARD_RTOL, c.RTOL)
     split = some(hard)
-    # below 1e-36 a square has lost its digits: such a right-hand side, a weight of 1e-20, is as good as none
-    if c.ENERGY:
-        stop = tl.maximum(energy + rtol * c.ATOL, 1e-36)
-    else:
-        stop = tl.maximum(rtol * tl.maximum(rr, c.ATOL), 1e-36)
+    stop = bound(rtol, energy if c.ENERGY else rr, c)
     if c.PRECONDITION:
         p = as_operand(r * scaling, rows.Q.dtype, c.PRECISION)
         rz = tl.sum(r * r * scaling, 1)
@@ -146,7 +151,7 @@ def solve(rhs, rows, keys, hard, c: tl.constexpr):
         p = as_operand(tl.where(live[:, None], z + beta[:, None] * p32, p32), rows.Q.dtype, c.PRECISION)
         iterations += live.to(tl.int32)
         if c.ENERGY:
-            stop = tl.maximum(rtol * tl.maximum(rows.lam * energy, c.ATOL), 1e-36)
+            stop = bound(rtol, rows.lam * energy, c)
         live = live & (alpha * along > energy * STAGNATION)
         if c.FINISH:
             live = live & (rr * factor > stop)
