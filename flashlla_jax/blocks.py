@@ -5,7 +5,7 @@ What the methods that are computed in blocks have in common; ``blockwise.py`` is
 can see lies in strips of (block, S), which are computed once and kept until the block is done. Loops over key blocks go
 from the first to the last that any query of the block sees: what lies outside is never touched.
 
-Within a query block every key is taken relative to the block's origin (origin.py).
+Within a query block every key is taken relative to the block's origin, and before that to its document's (origin.py).
 
 A mask is cut with the queries: what one block of them sees is a boolean strip as large as a quarter of its weights.
 """
@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from flashlla_jax.interface import accumulation_dtype
-from flashlla_jax.origin import origins
+from flashlla_jax.origin import anchored, origins
 from flashlla_jax.sharding import varying_like
 from flashlla_jax.visibility import Visibility
 
@@ -41,12 +41,21 @@ class Queries(NamedTuple):
 
     q: Float[Array, "I H R D"]
     own: Float[Array, "I H R"] | Float[Array, "I H R D"]  # the ridge, or the probe
-    origin: Float[Array, "I H 1 D"]
+    anchor: Float[Array, "I H R D"] | None  # what the keys that a query sees are relative to
+    origin: Float[Array, "I H 1 D"]  # and what its block takes them relative to then
     start: Int[Array, " I #H R"]
     end: Int[Array, " I #H R"]
     ids: Int[Array, " I #H R"] | None
     first: Int[Array, " I"]  # key blocks that some query of the block sees: from the first up to the stop
     stop: Int[Array, " I"]
+
+    def relative(self) -> Array:
+        """The queries relative to what their keys are. One after the other: the sum of both would be rounded."""
+        return (self.q if self.anchor is None else self.q - self.anchor) - self.origin
+
+    def taken_off(self) -> Array:
+        """What relative keys take off a query's products with them."""
+        return jnp.sum(self.q * (self.origin if self.anchor is None else self.anchor + self.origin), axis=-1)
 
 
 class Keys(NamedTuple):
@@ -103,6 +112,9 @@ def cut(query: Array, key: Array, value: Array, own: Array, seen: Visibility) ->
     """Both sides in blocks, in the accumulation dtype; ``own`` is the method's own array of the queries."""
     queries, keys = layouts(query, key)
     dtype = accumulation_dtype(query.dtype)
+    anchor, documents = None, anchored(key, seen)
+    if documents is not None:
+        key, anchor = documents.key, queries.cut(jnp.repeat(documents.anchor, queries.group, axis=2))
     origin = jnp.moveaxis(origins(key, seen, queries.rows), 1, 0)
     of_query = partial(_by_block, layout=queries)
     start, end = of_query(seen.start), of_query(seen.end)
@@ -111,6 +123,7 @@ def cut(query: Array, key: Array, value: Array, own: Array, seen: Visibility) ->
         Queries(
             q=queries.cut(query).astype(dtype),
             own=queries.cut(own).astype(dtype),
+            anchor=anchor,
             origin=origin.reshape(queries.count, -1, 1, key.shape[-1]),
             start=start,
             end=end,

@@ -118,7 +118,7 @@ def _forward_block(
     options: Options,
     tol: _Tolerances,
 ) -> tuple[Strips, tuple[Array, Saved, Residuals]]:
-    q, lam, origin, v = queries.q, queries.own, queries.origin, keys.v
+    q, lam, v = queries.q, queries.own, keys.v
     strips, top = logits(strips, queries, keys, visible, options.qk_scale, tol.dot)
     top = jnp.where(top == -jnp.inf, 0, top)  # a query that sees no key: its weights are exp(-inf - 0)
 
@@ -132,7 +132,7 @@ def _forward_block(
     strips, total = normalised(strips._replace(weights=weights), queries, omega)
     kbar = kbar / total[..., None]
 
-    m = jnp.where((omega > 0)[..., None], kbar - (q - origin), 0)
+    m = jnp.where((omega > 0)[..., None], kbar - queries.relative(), 0)
     block = _Block(strips, queries.first, queries.stop, kbar, lam)
     solution = _solve(block, m, options, tol)
     x = jnp.where(jnp.isnan(lam)[..., None], jnp.nan, solution.x)  # a bad ridge never gives a plausible number
@@ -151,8 +151,8 @@ def _forward_block(
         lambda j: rows_by_features(strips.weights[j] * (1 + (mean[..., None] - kx[j])), v[j], tol.dot),
     )
     damping = total / (total + options.delta_eps * (1 + jnp.sum(m * x, axis=-1)))
-    shift = options.qk_scale * jnp.sum(q * origin, axis=-1)  # what the origin took off the logits
-    residuals = Residuals(omega, top + jnp.log(total) + shift, *solution[1:])
+    logsumexp = top + jnp.log(total) + options.qk_scale * queries.taken_off()
+    residuals = Residuals(omega, logsumexp, *solution[1:])
     return strips._replace(kx=kx), (o * damping[..., None], Saved(top, kbar, x, damping), residuals)
 
 

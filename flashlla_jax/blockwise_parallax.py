@@ -101,8 +101,7 @@ def _forward_block(
         jnp.zeros_like(q, shape=(*q.shape[:2], v.shape[-1])),
         lambda j: rows_by_features(strips.weights[j] * (1 + (t - strips.kx[j])), v[j], dot),
     )
-    shift = options.qk_scale * jnp.sum(q * queries.origin, axis=-1)  # what the origin took off the logits
-    logsumexp = top + jnp.log(jnp.where(omega > 0, omega, 1)) + shift
+    logsumexp = top + jnp.log(jnp.where(omega > 0, omega, 1)) + options.qk_scale * queries.taken_off()
     return strips, (o, Saved(top), ParallaxResiduals(omega, logsumexp))
 
 

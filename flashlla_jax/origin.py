@@ -1,13 +1,21 @@
-"""The point that a block of queries takes its keys relative to.
+"""The points that keys are taken relative to.
 
 Relative keys change the logits by a constant per query and the regression not at all, and what a large common offset of
-the keys would lose to rounding is kept. Any point near the keys that the block sees will do. It is the mean of a few
-keys that every query of the block sees, so that no query's result depends, in its last bits, on a key that is hidden
-from it. Only where the queries have no such key in common, it is the mean of a few that some query sees.
+the keys would lose to rounding is kept. Any point near the keys that a query sees will do, if all its keys share it.
+
+The origin of a block of queries is the mean of a few keys that every query of the block sees, so that no query's result
+depends, in its last bits, on a key that is hidden from it. If the queries have no such key in common, it is the mean of
+a few that some query sees.
+
+Documents that are packed into one row, by ids or by a mask, may lie far from each other, and a block sees several. So
+the keys of a document are first taken relative to one of them, its anchor.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -17,6 +25,55 @@ from flashlla_jax.visibility import Visibility, dense
 
 # Keys that the mean is taken of: enough to be near the middle, few enough to cost nothing beside the block's own work.
 _FEW = 32
+
+
+class Anchored(NamedTuple):
+    """Keys relative to their documents' anchors, and the anchor of every query's document; 0 for a blind query."""
+
+    key: Float[Array, "B S K D"]
+    anchor: Float[Array, "B T K D"]
+
+
+def anchored(key: Float[Array, "B S K D"], seen: Visibility) -> Anchored | None:
+    """The keys in the accumulation dtype; None if the visibility has neither segment ids nor a mask.
+
+    The anchor is the first key of the document that some query sees. Without a window every query of the document sees
+    it. With one, a key that is not finite does no harm to the queries that do not see it: it is no anchor.
+    """
+    documents = _documents(seen, key.shape[1])
+    if documents is None:
+        return None
+    batch, keys = key.shape[:2]
+
+    def of_entry(key: Array, start: Array, query_ids: Array, key_ids: Array) -> Anchored:
+        key = key.astype(accumulation_dtype(key.dtype))
+        first = jnp.full(keys, keys, jnp.int32).at[query_ids].min(start, mode="drop")
+
+        def anchors(ids: Array) -> Array:
+            place = jnp.where(ids < keys, first[jnp.minimum(ids, keys - 1)], keys)[:, None, None]
+            anchor = key[jnp.minimum(place[:, 0, 0], keys - 1)]
+            return jnp.where((place < keys) & jnp.isfinite(anchor), anchor, 0)
+
+        return Anchored(key - anchors(key_ids), anchors(query_ids))
+
+    return jax.vmap(of_entry)(key, *(jnp.broadcast_to(x, (batch, x.shape[1])) for x in (seen.start, *documents)))
+
+
+def _documents(seen: Visibility, keys: int) -> tuple[Int[Array, "#B T"], Int[Array, "#B S"]] | None:
+    """Which document a query and a key belong to: numbers below ``keys``; ``keys`` for none."""
+    if seen.mask is not None:
+        # A mask shows documents if all queries that see a key begin at one and the same key.
+        visible = jnp.any(dense(seen, keys), axis=1)
+        start = seen.start[..., None]
+        low = jnp.min(jnp.where(visible, start, keys), axis=1)
+        high = jnp.max(jnp.where(visible, start, 0), axis=1)
+        apart = jnp.all(low >= high, axis=1, keepdims=True)
+        query_ids, key_ids = jnp.where(apart, seen.start, keys), jnp.where(apart, low, keys)
+    elif seen.query_ids is not None and seen.key_ids is not None:
+        query_ids, key_ids = seen.query_ids, jnp.where(seen.key_ids >= 0, seen.key_ids, keys)
+    else:
+        return None
+    return jnp.where(seen.start < seen.end, query_ids, keys), key_ids
 
 
 def origins(key: Float[Array, "B S K D"], seen: Visibility, rows: int) -> Float[Array, "B I K D"]:

@@ -24,7 +24,7 @@ LARGEST_POSITION = 2**29
 # So many keys a query, at the most, are few: see Visibility.few_keys.
 _FEW_KEYS = 1024
 
-# Ids of tokens that are hidden whatever the interval says. Ids of segments count from 0.
+# Ids of tokens that are hidden whatever the interval says. Those of segments are positions, so below the length.
 _HIDDEN_KEY, _HIDDEN_QUERY = -1, -2
 
 
@@ -40,7 +40,8 @@ class Visibility:
     Attributes:
         start: position of the first key that the query sees.
         end: one more than that of the last; both are 0 for a query that sees no key (in any head).
-        query_ids, key_ids: None, or numbers of segments; equal ones see each other. Negative ones never do.
+        query_ids, key_ids: None, or numbers of segments; equal ones see each other. Negative ones never do. They are
+            positions of keys, and depend on the keys' ids alone: parts of the queries have the same ones.
         contiguous: with ids: whether they say nothing that the intervals do not, so that none need be compared.
         mask: None, or True where a key is visible.
         from_first: whether every start is known to be 0.
@@ -221,9 +222,11 @@ def _within_segments(
     place = jnp.concatenate([2 * jnp.arange(keys, dtype=jnp.int32)[None].repeat(batch, 0) + 1, 2 * start, 2 * end], 1)
     index = jnp.broadcast_to(jnp.arange(place.shape[1], dtype=jnp.int32), place.shape)
     ids, _, index = lax.sort((ids, place, index), dimension=1, num_keys=2)
-    is_key = (index < keys) & _taken(key_mask, jnp.minimum(index, keys - 1))
-    rank = jnp.cumsum(is_key, axis=1, dtype=jnp.int32)  # keys up to here
-    segment = jnp.cumsum(jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0, axis=1, dtype=jnp.int32)
+    is_key = index < keys
+    rank = jnp.cumsum(is_key & _taken(key_mask, jnp.minimum(index, keys - 1)), axis=1, dtype=jnp.int32)  # up to here
+    begins = jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
+    before = jnp.cumsum(is_key, axis=1, dtype=jnp.int32) - is_key.astype(jnp.int32)
+    segment = lax.cummax(jnp.where(begins, before, 0), axis=1)  # how many keys come before it
 
     # back in the order that they came in
     rank, segment = (_put(index, x, x.shape[1]) for x in (rank, segment))

@@ -84,6 +84,25 @@ class HardKeyTests:
         wide = (x.astype(jnp.float64) for x in inputs[:3])
         assert relative_error(got, attend(*wide, implementation="reference")) <= 3e-6
 
+    @pytest.mark.parametrize("name", ["packed", "scattered", "window", "mask"])
+    def test_documents_that_lie_far_apart(self, name: str) -> None:
+        """Every document has an offset of its own, of some 1000 a feature, and a block of queries sees several."""
+        rows = self.offset_rows
+        shape = Shape(1, rows, rows, 1, 1, 16, 8)
+        q, k, v, g = draw(shape, "float32")
+        rng = np.random.default_rng(0)
+        ids = rng.integers(0, 9, (1, rows))
+        ids = ids if name == "scattered" else np.sort(ids, axis=1)
+        offset = rng.normal(0, 1000, (9, 16)).astype(np.float32)[ids][:, :, None]
+        shown = {"mask": (ids[:, None, :, None] == ids[:, None, None])} if name == "mask" else {"segment_ids": ids}
+        inputs = Inputs(q + offset, k + offset, v, g)
+        ridge = jnp.full(shape.ridge, 0.5, jnp.float32)
+        # as long as all of a document's keys share the weight: else a logit's rounding shows, in a document alone too
+        kwargs = {"qk_scale": 2e-4, "hidden": shown} | ({"local_window_size": (12, 0)} if name == "window" else {})
+        got = evaluate(inputs, ridge, implementation=self.implementation, **kwargs)
+        for of, expected in truth(inputs, ridge, **kwargs).items():
+            assert relative_error(got[of], expected) <= 3e-6, of
+
     def test_queries_that_share_no_key(self) -> None:
         rng = np.random.default_rng(0)
         q, k, v = (jnp.asarray(x + rng.normal(size=(1, 3, 4)), jnp.float32) for x in (1000, 1000, 0))

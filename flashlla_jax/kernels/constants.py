@@ -21,6 +21,7 @@ class Constants:
         PRECISION: of a float32 product.
         EXACT: it keeps all of float32; so do, then, the differences of large products, see ``tiles.py``.
         UPCAST: tiles are widened to float32 after loading, and keys taken relative to an origin.
+        ANCHORED: the keys came relative to their documents' anchors, see ``origin.py``.
         HALVES: x and u are carried as hi + lo.
         SPLIT_BELOW: so are the weights of a row that is hard by this measure, see ``tiles.is_hard``.
         LOW_ABOVE: the low half of x is used where it moves some kc.x by more than this.
@@ -53,6 +54,7 @@ class Constants:
     PRECISION: str
     EXACT: bool
     UPCAST: bool
+    ANCHORED: bool
     HALVES: bool
     SPLIT_BELOW: float
     LOW_ABOVE: float

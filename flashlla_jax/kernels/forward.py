@@ -25,6 +25,7 @@ from flashlla_jax.kernels.tiles import (
     logits,
     one_column,
     query_program,
+    relative_queries,
     rounded_product,
     some,
     store_queries,
@@ -173,6 +174,7 @@ def forward_kernel(
     table,
     order,
     origins,
+    anchors,
     T,
     S,
     o,
@@ -236,7 +238,8 @@ def forward_kernel(
             kbar = tl.where(hard[:, None], mean, kbar)
     rows = Rows(Q, lse, lse_rest, kbar, lam, intervals)
 
-    m = tl.where(blind[:, None], 0.0, kbar - (Q.to(tl.float32) - origin[None, :]))
+    relative, taken_off = relative_queries(Q, origin, anchors, m0, batch, kv_head, T, c)
+    m = tl.where(blind[:, None], 0.0, kbar - relative)
     solved = solve(m, rows, keys, hard, c)
     x = tl.where(((lam == lam) | blind)[:, None], solved.x, float("nan"))  # a bad ridge never gives a plausible number
 
@@ -264,7 +267,7 @@ def forward_kernel(
     damping = total / (total + c.DELTA_EPS * (1.0 + tl.sum(m * x, 1)))
 
     store_rows(lse_ptr + row_base, lse, m0, T, c.HEADS, c.BM)
-    logsumexp += c.SCALE * tl.sum(Q.to(tl.float32) * origin[None, :], 1)
+    logsumexp += c.SCALE * taken_off
     store_rows(logsumexp_ptr + row_base, logsumexp * 0.6931471805599453, m0, T, c.HEADS, c.BM)  # ln 2
     if c.EXACT:
         store_rows(lse_rest_ptr + row_base, lse_rest, m0, T, c.HEADS, c.BM)

@@ -42,6 +42,7 @@ from flashlla_jax.kernels.tiles import (
     logits,
     one_column,
     query_program,
+    relative_queries,
     rounded_product,
     sees,
     store_pairs,
@@ -154,6 +155,7 @@ def forward_kernel(
     table,
     order,
     origins,
+    anchors,
     T,
     S,
     o,
@@ -197,7 +199,8 @@ def forward_kernel(
     if not c.EXACT:
         lse = tl.where(blind, NO_KEYS, found.top + tl.math.log2(safe(omega)))
         logsumexp = lse
-    logsumexp += c.SCALE * tl.sum(Q.to(tl.float32) * origin[None, :], 1)
+    _, taken_off = relative_queries(Q, origin, anchors, m0, batch, kv_head, T, c)
+    logsumexp += c.SCALE * taken_off
     store_rows(lse_ptr + row_base, lse, m0, T, c.HEADS, c.BM)
     if c.EXACT:
         store_rows(lse_rest_ptr + row_base, lse_rest, m0, T, c.HEADS, c.BM)

@@ -43,7 +43,7 @@ def forward(
     """
     from flashlla_jax.kernels.parallax import forward_kernel
 
-    problem = Problem(query, key, value, seen, options, plan)
+    problem = Problem.of(query, key, value, seen, options, plan)
     batch, T, S, heads, _, _, value_dim = problem.shape
     shape = plan.forward
     table = by_query_tiles(seen, S, shape.BM, shape.BN)
@@ -51,7 +51,7 @@ def forward(
     o, vbar, excess, lse, lse_rest, t, omega, logsumexp = launch.call(
         forward_kernel,
         -(-T // shape.BM) * batch * heads,
-        (query, key, value, probe, *problem.visible(table), problem.origins()),
+        (query, problem.key, value, probe, *problem.visible(table), problem.origins(), problem.anchors()),
         (T, S),
         (
             jax.ShapeDtypeStruct(out, query.dtype),
@@ -83,7 +83,7 @@ def backward(
     """``(dquery, dkey, dvalue, dprobe)`` for the cotangent g of the output."""
     from flashlla_jax.kernels.parallax import key_kernel, query_kernel
 
-    problem = Problem(query, key, value, seen, options, plan)
+    problem = Problem.of(query, key, value, seen, options, plan)
     batch, T, S, heads, kv_heads, _, _ = problem.shape
     origin = problem.origins()
     shape = plan.query
@@ -94,7 +94,7 @@ def backward(
     dq, dr, lse_t, gbar_c, rest = launch.call(
         query_kernel,
         tiles * batch * heads,
-        (query, key, value, probe, *problem.visible(table), origin, *saved, g),
+        (query, problem.key, value, probe, *problem.visible(table), origin, *saved, g),
         (T, S),
         (
             jax.ShapeDtypeStruct(query.shape, query.dtype),
@@ -111,7 +111,7 @@ def backward(
     dk, dv = launch.call(
         key_kernel,
         -(-S // shape.BN) * batch * kv_heads,
-        (query, key, value, probe, *problem.visible(table), origin, g, lse_t, gbar_c, rest),
+        (query, problem.key, value, probe, *problem.visible(table), origin, g, lse_t, gbar_c, rest),
         (T, S),
         (jax.ShapeDtypeStruct(key.shape, key.dtype), jax.ShapeDtypeStruct(value.shape, value.dtype)),
         shape,

@@ -14,7 +14,7 @@ from flashlla_jax.kernels import launch
 from flashlla_jax.kernels.constants import Constants
 from flashlla_jax.kernels.plan import Launch, Plan, padded
 from flashlla_jax.kernels.tables import Table, by_key_tiles, by_query_tiles
-from flashlla_jax.origin import origins
+from flashlla_jax.origin import anchored, origins
 from flashlla_jax.visibility import Visibility
 
 _LOG2_E = math.log2(math.e)
@@ -47,6 +47,16 @@ class Problem(NamedTuple):
     seen: Visibility
     options: Options | ParallaxOptions
     plan: Plan
+    anchor: Array | None  # of the queries' documents, if the keys are relative to it
+
+    @classmethod
+    def of(
+        cls, query: Any, key: Any, value: Any, seen: Visibility, options: Options | ParallaxOptions, plan: Plan
+    ) -> Problem:
+        """With keys relative to their documents, if products are in float32."""
+        documents = anchored(key, seen) if plan.arithmetic.upcast else None
+        key, anchor = (key, None) if documents is None else documents
+        return cls(query, key, value, seen, options, plan, anchor)
 
     @property
     def shape(self) -> tuple[int, int, int, int, int, int, int]:
@@ -77,6 +87,9 @@ class Problem(NamedTuple):
         batch, T, _, heads, _, dim, _ = self.shape
         whole = not low or self.plan.arithmetic.halves
         return jax.ShapeDtypeStruct((batch, T, heads, dim) if whole else (batch, 1, 1, 1), self.wide)
+
+    def anchors(self) -> Array:
+        return jnp.zeros((1, 1, 1, 1), jnp.float32) if self.anchor is None else self.anchor
 
     def origins(self) -> Array:
         if not self.plan.arithmetic.upcast:
@@ -126,6 +139,7 @@ class Problem(NamedTuple):
             PRECISION=arithmetic.precision,
             EXACT=arithmetic.exact,
             UPCAST=arithmetic.upcast,
+            ANCHORED=self.anchor is not None,
             HALVES=arithmetic.halves,
             SPLIT_BELOW=arithmetic.split_below,
             LOW_ABOVE=arithmetic.low_above,
@@ -155,7 +169,7 @@ def forward(
     """``(o, saved, residuals)``: the forward pass, and what ``backward`` needs of it."""
     from flashlla_jax.kernels.forward import forward_kernel
 
-    problem = Problem(query, key, value, seen, options, plan)
+    problem = Problem.of(query, key, value, seen, options, plan)
     batch, T, S, heads, _, _, value_dim = problem.shape
     shape = plan.forward
     table = by_query_tiles(seen, S, shape.BM, shape.BN)
@@ -163,7 +177,7 @@ def forward(
     o, x_hi, x_lo, lse, lse_rest, near, a0, damping, omega, logsumexp, *of_solve = launch.call(
         forward_kernel,
         -(-T // shape.BM) * batch * heads,
-        (query, key, value, lam, *problem.visible(table), problem.origins()),
+        (query, problem.key, value, lam, *problem.visible(table), problem.origins(), problem.anchors()),
         (T, S),
         (
             jax.ShapeDtypeStruct((batch, T, heads, value_dim), query.dtype),
@@ -203,7 +217,7 @@ def backward(
     """``(dquery, dkey, dvalue, dridge_lambda)`` for the cotangent g of the output."""
     from flashlla_jax.kernels.backward import key_kernel, query_kernel
 
-    problem = Problem(query, key, value, seen, options, plan)
+    problem = Problem.of(query, key, value, seen, options, plan)
     batch, T, S, heads, kv_heads, _, _ = problem.shape
     origin = problem.origins()
     shape = plan.query
@@ -216,7 +230,7 @@ def backward(
     dq, dlam, u_hi, u_lo, *of_rows, low = launch.call(
         query_kernel,
         tiles * batch * heads,
-        (query, key, value, lam, *problem.visible(table), origin, *saved, g),
+        (query, problem.key, value, lam, *problem.visible(table), origin, *saved, g),
         (T, S),
         (
             jax.ShapeDtypeStruct(query.shape, query.dtype),
@@ -237,7 +251,7 @@ def backward(
     dk, dv = launch.call(
         key_kernel,
         -(-S // shape.BN) * batch * kv_heads,
-        (query, key, value, *problem.visible(table), origin, saved.x_hi, saved.x_lo, u_hi, u_lo, g, *of_rows, low),
+        (query, problem.key, value, *problem.visible(table), origin, *saved[:2], u_hi, u_lo, g, *of_rows, low),
         (T, S),
         (jax.ShapeDtypeStruct(key.shape, key.dtype), jax.ShapeDtypeStruct(value.shape, value.dtype)),
         shape,

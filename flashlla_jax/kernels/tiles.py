@@ -207,6 +207,22 @@ def load_origin(origins, m0, batch, kv_head, T, c: tl.constexpr):
 
 
 @triton.jit
+def relative_queries(Q, origin, anchors, m0, batch, kv_head, T, c: tl.constexpr):
+    """The queries relative to what their keys are, and what that takes off their products with keys.
+
+    One after the other: the sum of anchor and origin would be rounded.
+    """
+    q = Q.to(tl.float32)
+    taken_off = tl.sum(q * origin[None, :], 1)
+    if c.ANCHORED:
+        base = head_base(anchors, batch, T, kv_head, c.KV_HEADS, c.D)
+        anchor = load_tile(base, m0, T, c.KV_HEADS * c.D, c.D, c.BM, c.DP, True, True)
+        taken_off += tl.sum(q * anchor, 1)
+        q -= anchor
+    return q - origin[None, :], taken_off
+
+
+@triton.jit
 def store_tile(base, tile, start, length, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr):
     pointers = tile_pointers(base, start, STRIDE, BLOCK, DP)
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=tile_mask(start, length, D, BLOCK, DP))

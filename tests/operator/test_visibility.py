@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from flashlla_jax import blockwise, lla_attention
 from flashlla_jax.arguments import check_hiding, check_options
 from flashlla_jax.reference import attention_backward
-from flashlla_jax.visibility import Visibility, dense, seeing_queries, seen_keys, visibility
+from flashlla_jax.visibility import Part, Visibility, dense, seeing_queries, seen_keys, visibility
 from tests.cases import GRADIENTS, HIDDEN, Inputs, Shape, draw, evaluate, operate, relative_error
 from tests.operator.test_memory import DIM, LONG, SHORT
 
@@ -245,6 +245,21 @@ def test_packed_documents_are_as_if_alone(implementation: str, is_causal: bool) 
         part = Inputs(*(x[:, start:end] for x in inputs))
         alone = evaluate(part, lam[:, start:end], is_causal=is_causal, implementation=implementation)
         assert_same({name: x[:, start:end] for name, x in got.items()}, alone, 10 * SAME)
+
+
+def test_parts_of_the_queries_number_segments_alike() -> None:
+    """Also if some queries are in segments that have no key: devices exchange the numbers."""
+    rng = np.random.default_rng(0)
+    query_ids, key_ids = rng.integers(0, 9, (2, 16)), rng.integers(0, 5, (2, 20)) * 2
+    q, k, _, _ = draw(Shape(2, 16, 20, 1, 1, 4, 4))
+    hiding = check_hiding(q, k, is_causal=False, segment_ids=(query_ids, key_ids))
+    whole = visibility(hiding, 16, 20)
+    for number, rows in enumerate((slice(8), slice(8, 16))):
+        part = hiding._replace(segment_ids=(jnp.asarray(query_ids[:, rows]), jnp.asarray(key_ids)))
+        seen = visibility(part, 16, 20, Part(jnp.int32(number), 2))
+        np.testing.assert_array_equal(seen.key_ids, whole.key_ids)
+        np.testing.assert_array_equal(seen.query_ids, whole.query_ids[:, rows])
+        assert int(seen.key_ids.max()) < 20
 
 
 @pytest.mark.slow
