@@ -22,36 +22,38 @@ from flashlla_jax.kernels.forward import NO_KEYS, NO_LOGIT
 from flashlla_jax.kernels.tiles import (
     Keys,
     Rows,
-    Tiles,
-    Visible,
     as_logits,
     head_base,
     key_program,
-    key_tile,
     load_cotangents,
-    load_intervals,
     load_key_tile,
     load_keys,
     load_origin,
     load_pairs,
     load_queries,
     load_rows,
-    load_tiles,
     load_values,
     log_weights,
     logits,
     one_column,
     query_program,
     rounded_product,
-    sees,
     store_pairs,
     store_queries,
     store_rows,
     store_tile,
+    weights,
+)
+from flashlla_jax.kernels.visible import (
+    Tiles,
+    Visible,
+    key_tile,
+    load_intervals,
+    load_tiles,
+    sees,
     table_row,
     visible_to,
     visited,
-    weights,
 )
 
 
@@ -329,7 +331,7 @@ def query_kernel(
 def key_gradients(dk, dv, at, queries, c: tl.constexpr):
     """dk and dv with the share of the queries of one head added; tiles are keys by queries, the edges come first.
 
-    See ``key_gradients`` in backward.py, of which this is a part.
+    See ``key_gradients`` in backward_key.py, of which this is a part.
     """
     T = queries.visible.T
     for whole in tl.static_range(2):

@@ -12,7 +12,6 @@ import triton.language as tl
 
 from flashlla_jax.kernels.tiles import (
     as_operand,
-    key_tile,
     load_keys,
     one_column,
     rounded_product,
@@ -20,6 +19,7 @@ from flashlla_jax.kernels.tiles import (
     some,
     weights,
 )
+from flashlla_jax.kernels.visible import key_tile
 
 # (eps / 4)^2 of float32: a step that adds this share of x.Ax moves x by less than its rounding
 STAGNATION: tl.constexpr = tl.constexpr(1e-15)
