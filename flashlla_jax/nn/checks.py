@@ -58,20 +58,31 @@ def check_sow_weights(sow_weights: bool) -> None:
         )
 
 
-def check_no_cache(**given: Any) -> None:
+def hiding(segment_ids: Any, query_seq_lengths: Any, key_value_seq_lengths: Any, decode: bool) -> dict[str, Any]:
+    """The arguments that hide keys, by name; without meaning for a cache.
+
+    The tokens of a cache continue one document, and nothing of it is missing.
+    """
+    given = {
+        "segment_ids": segment_ids,
+        "query_seq_lengths": query_seq_lengths,
+        "key_value_seq_lengths": key_value_seq_lengths,
+    }
     for name, x in given.items():
-        if x is not None:
-            raise ValueError(f"{name} is for calls with a cache; without one use mask")
-
-
-def check_hiding_with_cache(**hiding: Any) -> None:
-    """Refuse arguments without meaning for a cache: its tokens continue one document, and nothing of it is missing."""
-    for name, given in hiding.items():
-        if given is not None:
+        if decode and x is not None:
             raise NotImplementedError(
                 f"decode=True takes no {name}: the tokens continue what is in the cache. "
                 "Hide the cache's positions by mask, and give each document a batch entry of its own"
             )
+    return given
+
+
+def rows_of_cache(decode_starts: Any, decode_lengths: Any, decode: bool) -> dict[str, Any]:
+    """Where the rows of a cache begin and end, as ``decoding.decode`` takes it; without meaning if there is none."""
+    for name, x in {"decode_starts": decode_starts, "decode_lengths": decode_lengths}.items():
+        if not decode and x is not None:
+            raise ValueError(f"{name} is for calls with a cache; without one use mask")
+    return {"starts": decode_starts, "lengths": decode_lengths}
 
 
 def check_positions(positions: Any, rope: float | None) -> None:
