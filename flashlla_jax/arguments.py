@@ -29,7 +29,7 @@ _QKV = ("query", "key", "value")
 _AXES = {3: "(B, T, D)", 4: "(B, T, N, H)"}
 
 
-# Arguments of other attention functions, and what to pass instead.
+# Arguments of other attention functions, and the remedy.
 _ELSEWHERE = {
     "scale": "the factor of the logits is qk_scale",
     "bias": "nothing is added to the logits; hide keys by mask, boolean and True where a key is visible",

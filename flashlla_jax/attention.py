@@ -153,7 +153,7 @@ def lla_attention(
         qk_scale: Factor of the logits, a Python number; None for 1 / sqrt(key dimension).
         is_causal: Whether a query sees only the keys up to its own position.
         delta_eps: Added, with its sign, to the denominator of the paper's equation, as in ``flashlla``. >= 0.
-        cg_atol: Floor of what the tolerance multiplies. >= 0; None for 0, a purely relative stop.
+        cg_atol: Floor of the scale that the tolerance multiplies. >= 0; None for 0, a purely relative stop.
         cg_rtol: A solve stops when ``|r|^2 <= cg_rtol max(cg_atol, |r0|^2)``; None for a stop on the error of x.
         cg_max_iters: Most steps of a solve, >= 1; None for ``max(32, 4 D)``.
         cg_use_preconditioner: Whether to precondition the solves with the diagonal of A (Jacobi).

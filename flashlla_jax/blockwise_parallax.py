@@ -48,7 +48,7 @@ from flashlla_jax.visibility import Visibility
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs of the forward pass beside the inputs; relative to the block's origin."""
+    """Kept from the forward pass for the backward pass; relative to the block's origin."""
 
     top: Float[Array, "B T N"]  # the largest logit
 
@@ -101,7 +101,7 @@ def _forward_block(
         jnp.zeros_like(q, shape=(*q.shape[:2], v.shape[-1])),
         lambda j: rows_by_features(strips.weights[j] * (1 + (t - strips.kx[j])), v[j], dot),
     )
-    shift = options.qk_scale * jnp.sum(q * queries.origin, axis=-1)  # what the origin took off the logits
+    shift = options.qk_scale * jnp.sum(q * queries.origin, axis=-1)  # the origin took this off the logits
     logsumexp = top + jnp.log(jnp.where(omega > 0, omega, 1)) + shift
     return strips, (o, Saved(top), ParallaxResiduals(omega, logsumexp))
 
@@ -150,7 +150,7 @@ def _backward_block(
 def forward(
     query: Array, key: Array, value: Array, probe: Array, seen: Visibility, options: ParallaxOptions
 ) -> tuple[Array, Saved, ParallaxResiduals]:
-    """The output, what ``backward`` needs, and the residuals."""
+    """The output, ``Saved`` for ``backward``, and the residuals."""
     dot = product_precision(query.dtype, options.precision)
     step = partial(_forward_block, options=options, dot=dot)
     return forward_by_blocks(step, query, key, value, probe, seen)

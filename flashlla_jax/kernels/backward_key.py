@@ -1,4 +1,4 @@
-"""The key kernel of the backward pass: a program per tile of keys forms dk and dv from what the query kernel left.
+"""The key kernel of the backward pass: a program per tile of keys forms dk and dv from the numbers of the query kernel.
 
 The numbers of each row are those of ``backward_query.py``: x and u negated, and all per unit of the cotangent.
 """
@@ -37,7 +37,7 @@ FLAGS: tl.constexpr = tl.constexpr(1024)  # rows whose flags the key kernel read
 
 
 class Queries(NamedTuple):
-    """Where the queries of a head lie that may see a tile of keys, and what the query kernel left of them."""
+    """Pointers to the queries of a head that may see a tile of keys, and to the query kernel's numbers of them."""
 
     q: tl.tensor
     g: tl.tensor

@@ -1,8 +1,8 @@
 """The query kernel of the backward pass: a program per tile of queries solves for u and forms dq and dlambda.
 
 Everything but dq and dlambda is kept per unit of the cotangent as it came: the damping of ``delta_eps`` is a factor of
-each row that enters once, through ``weight_lse`` = lse - log2(damping). x and u are kept negated, so that a_ij and b_ij
-are what the accumulators hold plus one number per row.
+each row that enters once, through ``weight_lse`` = lse - log2(damping). x and u are kept negated: then a_ij and b_ij
+are the accumulators plus one number per row.
 """
 
 from typing import NamedTuple
@@ -84,7 +84,7 @@ def right_hand_side(rows, G, g0, keys, hard, refine, parts, SPLIT: tl.constexpr,
     """kbar again (cheaper than keeping it), y = sum_j p_ij (gamma_ij - gbar_i) kc_ij, and gbar.
 
     y's weights are rounded like gamma - g0, so g0 ought to be near gbar: the first ``refine`` (0 or 1) passes find it.
-    The last ``parts`` (1 or 2) gather both: the weights as rounded to bfloat16, and of hard rows what that left. (A
+    The last ``parts`` (1 or 2) gather both: the weights as rounded to bfloat16, and in hard rows the remainder. (A
     choice between two loops would be faster than two passes, but makes ptxas serialise the wgmma of both, its C7515.)
     """
     acc_k = tl.zeros((c.BM, c.DP), tl.float32)
@@ -94,7 +94,7 @@ def right_hand_side(rows, G, g0, keys, hard, refine, parts, SPLIT: tl.constexpr,
     excess = tl.zeros((c.BM,), tl.float32)
     left = tl.where(hard, 1.0, 0.0)
     for part in range(refine + parts):
-        gathered = tl.where(part > refine, 1.0, 0.0)  # what an earlier part of y has gathered is kept
+        gathered = tl.where(part > refine, 1.0, 0.0)  # an earlier part of y is kept
         g0 += excess * (1.0 - gathered)
         excess *= gathered
         acc_k *= gathered
@@ -126,7 +126,7 @@ def right_hand_side(rows, G, g0, keys, hard, refine, parts, SPLIT: tl.constexpr,
 
 @triton.jit
 def mean_of_b(rows, G, keys, solutions, c: tl.constexpr):
-    """sum_j p_ij b_ij, EXACT; it is 0 but for rounding, see ``mean_with`` of the forward kernel."""
+    """sum_j p_ij b_ij, EXACT; without rounding it would be 0, see ``mean_with`` of the forward kernel."""
     mean = tl.zeros((c.BM,), tl.float32)
     for edge in tl.static_range(2):
         count = keys.tiles.edges if edge else keys.tiles.wholes
@@ -209,7 +209,7 @@ def query_kernel(
     low_ptr,
     c: tl.constexpr,
 ):
-    """dq, dlambda, and what the key kernel needs of each row: u, and four numbers in two pairs.
+    """dq, dlambda, and for the key kernel u and four numbers of each row, in two pairs.
 
     The pairs are the lse of its weights with a0, and b0 with c0; they have a place for every row of the last tile.
     EXACT: three more numbers, near_x with near_u, and the rest of the lse.

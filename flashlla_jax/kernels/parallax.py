@@ -61,14 +61,14 @@ class Softmax(NamedTuple):
     """A tile of queries after its pass over the keys."""
 
     top: tl.tensor  # (BM,), the largest logit
-    omega: tl.tensor  # what the weights relative to it sum to
+    omega: tl.tensor  # the sum of the weights relative to it
     t: tl.tensor  # the mean of k.r
     vbar: tl.tensor  # (BM, DVP)
     excess: tl.tensor  # o - vbar
 
 
 class Queries(NamedTuple):
-    """Where the queries of a head lie that may see a tile of keys, and what the query kernel left of them."""
+    """Pointers to the queries of a head that may see a tile of keys, and to the query kernel's numbers of them."""
 
     q: tl.tensor
     r: tl.tensor
@@ -85,7 +85,7 @@ class Queries(NamedTuple):
 
 @triton.jit
 def a_of(t, kr, c: tl.constexpr):
-    """a_ij = 1 + t - k.r. EXACT: 1 is added last, when what is large is gone."""
+    """a_ij = 1 + t - k.r. EXACT: 1 is added last, after the large parts have cancelled."""
     if c.EXACT:
         a = (t - kr) + 1.0
     else:
@@ -168,7 +168,7 @@ def forward_kernel(
     logsumexp_ptr,
     c: tl.constexpr,
 ):
-    """The output of a tile of queries, and what the backward kernels need: vbar, o - vbar, the normaliser and t."""
+    """The output of a tile of queries, and for the backward kernels vbar, o - vbar, the normaliser and t."""
     tiles, tile, batch, head, kv_head = query_program(T, c)
     m0 = tile * c.BM
     row_base = batch.to(tl.int64) * T * c.HEADS + head
@@ -285,7 +285,7 @@ def query_kernel(
     weight_rest_ptr,
     c: tl.constexpr,
 ):
-    """dq, dr, and what the key kernel needs of each row: the lse with t, and gbar with c, for every row of a tile."""
+    """dq, dr, and for the key kernel two pairs of each row of a tile: the lse with t, and gbar with c."""
     tiles, tile, batch, head, kv_head = query_program(T, c)
     m0 = tile * c.BM
     row_base = batch.to(tl.int64) * T * c.HEADS + head

@@ -1,15 +1,15 @@
-"""What the kernels share: tiles of rows, softmax weights, products of rounded operands.
+"""Shared by the kernels: tiles of rows, softmax weights, products of rounded operands.
 
 A tile is a (BLOCK, DP) piece of a (length, D) matrix whose rows are STRIDE elements apart, padded with zeros to the
 power of two DP. Logits are in units of log 2, and ``lse`` is the log2 of the normaliser.
 
-Three numbers of a row are nearly equal and opposite to products of 1e5 and more where queries and keys are huge: the
-normaliser to q.k, and what a_ij and b_ij have beside x.k and u.k. One float32 number would round them to 1e-7 of that.
-With EXACT each is two numbers: one near the products, at which their sum begins, and the rest, found from the very
-products that are left. That wants the same bits of a product in every kernel, so each sums it in the same order.
+If queries and keys are huge, products of 1e5 and more nearly cancel against three numbers of a row: q.k against the
+normaliser, x.k and u.k against the row's part of a_ij and b_ij. One float32 number would round these to 1e-7 of the
+product. With EXACT each is two numbers: one near the products, which their sum begins with, and a rest, found from the
+remainder of those very products. This needs the same bits of a product in every kernel, so each sums in the same order.
 (At HIGH a product of two tf32 halves may still differ by a rounding in the key kernel, which has its operands swapped.)
 
-Tensors that travel together are a NamedTuple; what is known at compile time is ``c``, see ``constants.py``.
+Tensors that travel together are a NamedTuple. Compile-time constants are in ``c``, see ``constants.py``.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Rows(NamedTuple):
     """The queries of a tile."""
 
     Q: tl.tensor  # (BM, DP), in the products' dtype
-    lse: tl.tensor  # (BM,), EXACT: the largest logit, and the log2 of what weights relative to it sum to
+    lse: tl.tensor  # (BM,), EXACT: the largest logit, and the log2 of the sum of the weights relative to it
     lse_rest: tl.tensor
     kbar: tl.tensor  # (BM, DP), relative to the keys' origin
     lam: tl.tensor  # (BM,)
@@ -36,7 +36,7 @@ class Keys(NamedTuple):
 
     k: tl.tensor  # pointers to the first key and value of the head
     v: tl.tensor
-    origin: tl.tensor  # (DP,), what keys are taken relative to
+    origin: tl.tensor  # (DP,), subtracted from the keys
     tiles: Tiles
     visible: Visible
 
@@ -51,7 +51,7 @@ class KeyTile(NamedTuple):
 
 @triton.jit
 def query_program(T, c: tl.constexpr):
-    """Of a program for a tile of queries of a head: how many tiles, and tile, batch, head and key head of its own."""
+    """For a program with a tile of queries: the number of tiles, then its tile, batch, head and key head."""
     tiles = tl.cdiv(T, c.BM)
     tile = tiles - 1 - tl.program_id(0) % tiles  # the longest prefixes first
     head = tl.program_id(0) // tiles % c.HEADS
@@ -61,7 +61,7 @@ def query_program(T, c: tl.constexpr):
 
 @triton.jit
 def key_program(S, c: tl.constexpr):
-    """Of a program for a tile of keys of a key head: how many tiles, and tile, batch and key head of its own."""
+    """For a program with a tile of keys: the number of tiles, then its tile, batch and key head."""
     tiles = tl.cdiv(S, c.BN)
     tile = tl.program_id(0) % tiles  # the first keys are seen by the most queries
     kv_head = tl.program_id(0) // tiles % c.KV_HEADS
@@ -77,7 +77,7 @@ def head_base(pointer, batch, length, head, HEADS: tl.constexpr, WIDTH: tl.const
 
 @triton.jit
 def tile_pointers(base, start, STRIDE: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr):
-    # the tile's start is 64-bit, what is within the tile fits in 32
+    # the tile's start is 64-bit; offsets within the tile fit in 32
     rows = tl.arange(0, BLOCK)
     columns = tl.arange(0, DP)
     return base + tl.cast(start, tl.int64) * STRIDE + (rows[:, None] * STRIDE + columns[None, :])
@@ -201,7 +201,7 @@ def store_rows(base, values, start, length, STRIDE: tl.constexpr, BLOCK: tl.cons
 def load_pairs(base, start, BLOCK: tl.constexpr):
     """Two numbers per row, kept side by side in a (rows, 2) float32 matrix that has every row of the tile."""
     start = tl.multiple_of(start, BLOCK)
-    # as one 64-bit number: every thread copies the pairs that it needs by itself, so fewer loads are less time
+    # as one 64-bit number: every thread loads the pairs that it needs, so fewer loads take less time
     pairs = tl.load(base.to(tl.pointer_type(tl.int64), bitcast=True) + (start + tl.arange(0, BLOCK)))
     return pairs.to(tl.int32).to(tl.float32, bitcast=True), (pairs >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
@@ -255,7 +255,7 @@ def weights(rows, K, n0, keys, EDGE: tl.constexpr, c: tl.constexpr):
 
 @triton.jit
 def with_row(products, a0, c: tl.constexpr):
-    """a_ij, of a product and its row's number. EXACT: 1 is added last, when what is large is gone."""
+    """a_ij, from a product and its row's number. EXACT: 1 is added last, after the large parts have cancelled."""
     a = products + a0
     if c.EXACT:
         a += 1.0
@@ -267,7 +267,7 @@ def key_scale(keys, c: tl.constexpr):
     """The variance of a key's feature: the scale that a ridge is small or large against.
 
     From the last tile of keys that every query of the tile sees, so that no query's arithmetic depends on keys hidden
-    from it; huge (the careful side, and cheap: few keys are seen) where there is none.
+    from it. Without such a tile it is huge: that errs on the careful side, and is cheap, since few keys are seen.
     """
     n0 = key_tile(keys, tl.maximum(keys.tiles.wholes - 1, 0), False, c)
     K = load_tile(keys.k, n0, keys.visible.S, c.KV_HEADS * c.D, c.D, c.BN, c.DP, True, c.UPCAST).to(tl.float32)
@@ -290,13 +290,13 @@ def is_hard(lam, omega, scale2, c: tl.constexpr):
 
 @triton.jit
 def some(rows):
-    """Whether it is so for some row of the tile."""
+    """Whether it is true for some row of the tile."""
     return tl.max(rows.to(tl.int32), 0) > 0
 
 
 @triton.jit
 def rounded_unless(hard, t, dtype: tl.constexpr, c: tl.constexpr):
-    """Weights whose rows are not hard as one half keeps them: a row's bits must not depend on the rows beside it."""
+    """Weights, rounded to one half in rows that are not hard: a row's bits must not depend on the rows beside it."""
     if c.SPLIT_BELOW < float("inf"):
         t = tl.where(hard[:, None], t, t.to(dtype).to(tl.float32))
     return t
@@ -304,7 +304,7 @@ def rounded_unless(hard, t, dtype: tl.constexpr, c: tl.constexpr):
 
 @triton.jit
 def as_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """x rounded to what a product of this dtype and precision keeps of it."""
+    """x rounded as a product of this dtype and precision rounds its operands."""
     if dtype == tl.float32:
         if PRECISION == "tf32":  # 10 bits of mantissa, to the nearest
             x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -8192).to(tl.float32, bitcast=True)
@@ -324,7 +324,7 @@ def rounded_product(t, K, acc, sums, SPLIT: tl.constexpr, PRECISION: tl.constexp
     """
     ones = tl.full((K.shape[0], 16), 1.0, K.dtype)
     if SPLIT:
-        if K.dtype == tl.bfloat16:  # cut, not rounded: one integer operation, and lo carries what is left
+        if K.dtype == tl.bfloat16:  # cut, not rounded: one integer operation, and lo carries the remainder
             high = (t.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
         else:
             high = t.to(K.dtype).to(tl.float32)

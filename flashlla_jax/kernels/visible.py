@@ -1,6 +1,6 @@
 """Which tiles a program visits, and which keys of them its queries see.
 
-Tensors that travel together are a NamedTuple; what is known at compile time is ``c``, see ``constants.py``.
+Tensors that travel together are a NamedTuple. Compile-time constants are in ``c``, see ``constants.py``.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,7 @@ class Tiles(NamedTuple):
 
 
 class Intervals(NamedTuple):
-    """What the queries of a tile see."""
+    """Which keys the queries of a tile see."""
 
     start: tl.tensor  # (BM,)
     end: tl.tensor
@@ -100,7 +100,7 @@ def key_tile(keys, i, EDGE: tl.constexpr, c: tl.constexpr):
 
 @triton.jit
 def load_intervals(visible, m0, c: tl.constexpr):
-    """Beyond the last query they are its own."""
+    """Rows beyond the last query get the last query's."""
     rows = tl.minimum(m0 + tl.arange(0, c.BM), visible.T - 1)
     end = tl.load(visible.end + rows)
     start = tl.zeros((c.BM,), tl.int32)

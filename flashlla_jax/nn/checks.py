@@ -1,4 +1,4 @@
-"""What the NNX and the Linen module refuse: arguments that neither can serve, named in the error."""
+"""Refuses arguments that neither the NNX nor the Linen module can serve. The error names them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flashlla_jax.arguments import check_count, check_flag, check_implementation
 
 
 def check_operator(cg_max_iters: Any, implementation: Any) -> None:
-    """Settings that ``lla_attention`` refuses in every call."""
+    """Refuse settings that every call of ``lla_attention`` would refuse."""
     if cg_max_iters is not None:
         check_count("cg_max_iters", cg_max_iters)
     check_implementation(implementation)
@@ -72,7 +72,7 @@ def hiding(segment_ids: Any, query_seq_lengths: Any, key_value_seq_lengths: Any,
         if decode and x is not None:
             raise NotImplementedError(
                 f"decode=True takes no {name}: the tokens continue what is in the cache. "
-                "Hide the cache's positions by mask, and give each document a batch entry of its own"
+                "Hide the cache's positions by mask, and give each document its own batch entry"
             )
     return given
 
@@ -111,7 +111,7 @@ def check_ridge(ridge_lambda: Any, ridge_floor: float | None) -> float:
     if not ridge > (ridge_floor or 0):
         raise ValueError(f"ridge_lambda must be > {ridge_floor or 0:g}, got {ridge!r}")
     if ridge_floor is not None and ridge == math.inf:
-        raise ValueError("ridge_lambda must be finite where it is learned, got inf")
+        raise ValueError("ridge_lambda must be finite if it is learned, got inf")
     return ridge
 
 

@@ -14,7 +14,7 @@ from flashlla_jax.nn import checks, core, decoding
 
 
 class _Attention(nn.MultiHeadDotProductAttention):
-    """What the modules of this file have in common: all but their own attributes and what they are computed with."""
+    """The common part of the modules of this file: all but their own attributes and their function."""
 
     if TYPE_CHECKING:  # the subclasses' attributes, which have an order of their own
         num_kv_heads: int | None = None
@@ -33,7 +33,7 @@ class _Attention(nn.MultiHeadDotProductAttention):
         raise NotImplementedError
 
     def _sower(self) -> core.Sow | None:
-        """What a call hands its solves' residuals to, if anything."""
+        """The function that a call hands its solves' residuals to, or None."""
         return None
 
     @nn.compact
@@ -193,21 +193,21 @@ class LLAttention(_Attention):
     of :class:`flashlla_jax.LLAttention`; the parameters of either module fit the other. Attention is causal unless
     ``is_causal=False``. ``dropout_rate``, ``attention_fn`` and the two einsum classes cannot be served and must be left
     as they are; the softmax weights of 16-bit inputs are float32 whatever ``force_fp32_for_softmax`` says.
-    Encoder-decoder cross-attention needs ``is_causal=False``: by default, where ``inputs_k`` is longer than
+    Encoder-decoder cross-attention needs ``is_causal=False``: by default, if ``inputs_k`` is longer than
     ``inputs_q``, the last query is aligned with the last key.
 
     With ``decode=True`` the ``cache`` collection is made by ``init`` from inputs as long as the cache is to be, as in
     Flax. A call with ``mutable=["cache"]`` then takes any number of tokens; overrunning the cache is a ValueError, or
-    NaN where the cache is traced.
+    NaN if the cache is traced.
 
     Attributes:
         num_kv_heads: Key/value heads, dividing ``num_heads``; None for ``num_heads``.
         is_causal: Whether a query sees only the keys up to its own position, aligned at the end.
         local_window_size: As in :class:`flashlla_jax.LLAttention`; None for no window.
-        ridge_lambda: The ridge, a number > 0; the initial value where it is learned.
+        ridge_lambda: The ridge, a number > 0; the initial value if it is learned.
         learn_ridge: Whether every head learns its ridge, ``ridge_floor + softplus(raw_ridge)``; the parameter
             ``raw_ridge``, ``(num_heads,)``, should be left out of weight decay.
-        ridge_floor: What a learned ridge stays above, > 0 and < ``ridge_lambda``.
+        ridge_floor: The lower bound of a learned ridge, > 0 and < ``ridge_lambda``.
         rope: Base of a rotary position embedding of queries and keys, applied after ``normalize_qk``; None for none.
         qk_scale: As in :func:`flashlla_jax.lla_attention`, and so are the following.
         cg_atol: See :func:`flashlla_jax.lla_attention`.
@@ -263,7 +263,7 @@ class ParallaxAttention(_Attention):
     which starts at 0, so that a new layer is softmax attention exactly. All else is as in :class:`LLAttention`.
 
     Attributes:
-        num_kv_heads: As in :class:`LLAttention`, and so are the following but for the last two.
+        num_kv_heads: As in :class:`LLAttention`, and so are the following, except the last two.
         is_causal: See :class:`LLAttention`.
         local_window_size: See :class:`LLAttention`.
         rope: See :class:`LLAttention`; the probe is rotated as the queries are.

@@ -20,7 +20,7 @@ from flashlla_jax.nn.nnx_options import FlaxOptions
 class CachedAttention(nnx.MultiHeadAttention):
     """The common part of this package's modules: the call, with a cache and without.
 
-    A method's module makes ``settings`` and ``is_causal``, and says what else its function takes.
+    A method's module makes ``settings`` and ``is_causal``, and gives its function's own argument.
     """
 
     is_causal: bool
@@ -31,7 +31,7 @@ class CachedAttention(nnx.MultiHeadAttention):
         raise NotImplementedError
 
     def sower(self) -> core.Sow | None:
-        """What a call hands its solves' residuals to, if anything."""
+        """The function that a call hands its solves' residuals to, or None."""
         return None
 
     def init_cache(self, input_shape: Sequence[int], dtype: Dtype = jnp.float32) -> None:
