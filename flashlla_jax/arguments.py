@@ -29,7 +29,7 @@ _QKV = ("query", "key", "value")
 _AXES = {3: "(B, T, D)", 4: "(B, T, N, H)"}
 
 
-# Arguments of other attention functions, and what to pass instead.
+# Arguments of other attention functions, and the remedy.
 _ELSEWHERE = {
     "scale": "the factor of the logits is qk_scale",
     "bias": "nothing is added to the logits; hide keys by mask, boolean and True where a key is visible",
@@ -102,7 +102,6 @@ def check_groups(query: Array, key: Array, shapes: str) -> None:
 def check_hiding(
     query: Array,
     key: Array,
-    *,
     is_causal: Any,
     local_window_size: Any = None,
     query_offset: Any = None,
@@ -110,13 +109,14 @@ def check_hiding(
     key_value_seq_lengths: Any = None,
     segment_ids: Any = None,
     mask: Any = None,
-    shards: int = 1,
+    axes: tuple[str, ...] | None = None,
 ) -> Hiding:
     """All that hides keys; query and key have passed ``check_arrays``.
 
-    Of a length that is divided they are one of ``shards`` equal parts. Lengths and offset are those of the whole.
+    If mesh axes divide the length, they are this device's part of it. Lengths and offset count along the whole.
     """
     is_causal = check_flag("is_causal", is_causal)
+    shards = 1 if axes is None else lax.axis_size(axes)
     return Hiding(
         is_causal=is_causal,
         window=None if local_window_size is None else check_window(local_window_size),
@@ -230,8 +230,10 @@ def check_mask(mask: Any, allowed: dict[str, tuple[int, ...]]) -> Array:
     return mask if mask.ndim == 4 else mask[:, None]
 
 
-def check_axis_name(name: Any, query: Array, key: Array, value: Array) -> tuple[str, ...]:
+def check_axis_name(name: Any, query: Array, key: Array, value: Array) -> tuple[str, ...] | None:
     """``axis_name`` as a tuple: axes of the ``jax.shard_map`` around the call, over which the arrays are divided."""
+    if name is None:
+        return None
     names = name if isinstance(name, tuple) else (name,)
     if not names or not all(isinstance(axis, str) for axis in names):
         raise TypeError(f"axis_name must be None, the name of a mesh axis or a tuple of them, got {name!r}")

@@ -131,33 +131,8 @@ def lla_attention(
     ``qk_scale``; there is no bias; a query that sees no key has output zero.
 
     At every query the function fits a linear regression of the values on the keys, with a ridge. Each key counts with
-    its softmax attention weight p_ij. The output is the prediction at the query. In the centred form, which equals the
-    paper's equation (docs/design.md derives it):
-
-        kbar_i = sum_j p_ij k_j
-        A_i    = sum_j p_ij (k_j - kbar_i)(k_j - kbar_i)^T + lambda_i I
-        x_i    = A_i^-1 (kbar_i - q_i)
-        o_i    = sum_j p_ij (1 - (k_j - kbar_i).x_i) v_j
-
-    ``ridge_lambda`` to infinity is softmax attention. ``qk_scale = 0`` is ridge regression with an intercept over the
-    visible keys (MesaNet's limit).
-
-    The function can be differentiated in ``query``, ``key``, ``value`` and ``ridge_lambda``, in reverse mode. With
-    ``implementation="xla"`` the gradient can be differentiated again in forward mode (``jax.hessian``, Hessian-vector
-    products by ``jax.jvp`` of ``jax.grad``), with ``implementation="reference"`` in any mode. ``jax.jit``,
-    ``jax.vmap``, ``jax.checkpoint``, ``jax.lax.scan`` and ``jax.shard_map`` work.
-
-    On several devices each computes the batch entries, heads and queries that it holds. This holds for arrays on a mesh
-    with explicit axes, on a mesh with automatic axes under ``jax.jit``, and inside ``jax.shard_map``, if ``axis_name``
-    names the axes that divide the length. Queries stay. Keys and values are gathered whole on every device, and their
-    gradients are reduce-scattered. Causal work is balanced, and the data keeps its order. Key and value may be divided
-    otherwise than the query: they are sent to the devices that need them. The length has to divide evenly. On automatic
-    axes a length that does not is computed whole on every device; elsewhere JAX refuses it. Pad it, and hide the rest
-    by the lengths.
-
-    A query sees a key if all of ``is_causal``, ``local_window_size``, the lengths, ``segment_ids`` and ``mask`` allow
-    it. Time and memory follow the visible keys: a window or a packed row costs what it shows. A query that sees no key
-    has output zero and no gradient. Such queries, and keys that no query sees, may hold NaN.
+    its softmax attention weight. The output is the prediction at the query. docs/api/arguments.md has the formula, and
+    says more of each argument, of derivatives and of several devices.
 
     Example::
 
@@ -168,57 +143,25 @@ def lla_attention(
         query: ``(B, T, D)``, or ``(B, T, N, H)`` with N heads. bfloat16, float16, float32 or float64.
         key: ``(B, S, D)``, or ``(B, S, K, H)`` with K dividing N: each key/value head serves N / K query heads.
         value: ``(B, S, Dv)``, or ``(B, S, K, Hv)``. The last dimension may differ from the key's.
-        mask: Boolean, True where a key is visible: ``(B, T, S)``, or ``(B, N, T, S)`` for rank-4 inputs, with 1 in
-            place of any axis. Prefer the arguments below if they can say the same: they take O(T + S) memory, a mask
-            T S.
-        segment_ids: Integers: one ``(B, S)`` array for queries and keys, which needs T == S, or a pair of a ``(B, T)``
-            and a ``(B, S)`` array of one dtype. A query sees the keys of its own segment, in any order. Documents
-            that are packed into one row give what each gives alone.
-        query_seq_lengths: ``(B,)``, integers from 0 to T: how many leading queries of each batch entry there are; the
-            others see no key. Values of NumPy arrays are checked. In other arrays a value below 0 counts as 0, and
-            one above T as T.
-        key_value_seq_lengths: ``(B,)``, integers from 0 to S: how many leading keys of each batch entry there are, the
-            rest being padding; otherwise like ``query_seq_lengths``. Queries and keys are still aligned at the end of
-            the arrays.
-        local_window_size: ``(left, right)``, ints >= 0: a query at position i sees keys at positions from ``i - left``
-            to ``i + right``. An int w is ``(w, w)``.
-        query_offset: Position of the first query, for ``is_causal`` and ``local_window_size``; key j has position j.
-            None for ``S - T``: the last query is at the last key. An int, or a traced integer scalar, or ``(B,)``
-            integers. It may be negative or lie beyond the keys. A value beyond 2**29 is an error if it is known,
-            and counts as 2**29 if it is traced.
-        ridge_lambda: The ridge, > 0: a number, or an array that broadcasts to ``(B, T)`` or ``(B, T, N)`` by NumPy's
-            rules (so ``(N,)`` is one per head, ``(B, T, 1)`` one per token). It is in units of the squared key and is
-            multiplied by omega as in the PyTorch package ``flashlla``. Numbers and NumPy arrays are checked.
-            If a traced or device array is not positive, the output row is NaN.
+        mask: Boolean, True where a key is visible: ``(B, T, S)`` or ``(B, N, T, S)``, with 1 in place of any axis.
+        segment_ids: Integers ``(B, S)``, or a pair ``(B, T)``, ``(B, S)``. A query sees the keys of its own segment.
+        query_seq_lengths: ``(B,)``: how many leading queries there are. The others see no key.
+        key_value_seq_lengths: ``(B,)``: how many leading keys there are. The others are padding.
+        local_window_size: ``(left, right)``: position i sees the keys from ``i - left`` to ``i + right``; w is (w, w).
+        query_offset: Position of the first query, an int, integer scalar or ``(B,)``; None for ``S - T``.
+        ridge_lambda: The ridge, > 0, in units of the squared key: a number, or an array that broadcasts to (B, T, N).
         qk_scale: Factor of the logits, a Python number; None for 1 / sqrt(key dimension).
-        is_causal: Whether a query sees only the keys up to its own position. Without ``query_offset`` more queries than
-            keys are then refused.
-        delta_eps: Added, with its sign, to the denominator of the paper's equation, as in ``flashlla``; a constant
-            under differentiation. >= 0.
-        cg_atol: Floor of what the tolerance below multiplies. >= 0; None for 0, a purely relative stop.
-        cg_rtol: A query's conjugate-gradient solve stops when ``|r|^2 <= cg_rtol * max(cg_atol, |r0|^2)``, as in
-            ``flashlla``. >= 0. None for a stop on the error of x in the norm of A instead,
-            ``|r|^2 <= tau * max(cg_atol, lambda x.A x)``, with a tau that fits the dtype and ``precision``
-            (docs/numerics.md). A value below eps^4, 2e-28 for float32, counts as eps^4: beyond it x gets no better,
-            and rounding spoils the steps.
-        cg_max_iters: Most steps of a solve, >= 1; None for ``max(32, 4 D)``. A solve that gets there has
-            not converged.
+        is_causal: Whether a query sees only the keys up to its own position.
+        delta_eps: Added, with its sign, to the denominator of the paper's equation, as in ``flashlla``. >= 0.
+        cg_atol: Floor of the scale that the tolerance multiplies. >= 0; None for 0, a purely relative stop.
+        cg_rtol: A solve stops when ``|r|^2 <= cg_rtol max(cg_atol, |r0|^2)``; None for a stop on the error of x.
+        cg_max_iters: Most steps of a solve, >= 1; None for ``max(32, 4 D)``.
         cg_use_preconditioner: Whether to precondition the solves with the diagonal of A (Jacobi).
-        precision: None, a ``jax.lax.Precision`` or its name; the higher one of a pair counts. A
-            ``jax.lax.DotAlgorithmPreset`` counts as the nearest one. None is JAX's ``jax_default_matmul_precision``
-            if that is set, else DEFAULT.
-        implementation: ``"triton"`` (fused kernels, NVIDIA GPU of compute capability 8.0 or more; no float64, head
-            dimensions up to 256), ``"xla"`` (any platform, O(S D) memory), ``"reference"`` (dense, for tests), or None
-            for the best that runs: Triton if it can serve the call, else XLA. If you name one, it runs or it raises
-            an error. If None means XLA although there is an NVIDIA GPU, a warning says why.
-        return_residuals: Whether to return ``(o, residuals)``, residuals being a
-            :class:`~flashlla_jax.Residuals` (omega, logsumexp, iterations, residual_norm,
-            relative_error, converged) of constants.
-        axis_name: Inside ``jax.shard_map``, the mesh axis, or tuple of mesh axes, over which the length of query, key
-            and value is divided, the earlier parts on the earlier devices; None if each device has whole sequences.
-            B, T and S are then those of this device, in ridge, segments and mask too. But ``query_seq_lengths``,
-            ``key_value_seq_lengths``, ``query_offset`` and ``local_window_size`` count along the whole, and a mask
-            covers all keys: ``(B, N, T, S)`` with the whole S, or ``(B, N, 1, S)`` with the device's.
+        precision: None, a ``jax.lax.Precision`` or its name. None is JAX's ``jax_default_matmul_precision``.
+        implementation: ``"triton"``, ``"xla"``, ``"reference"``, or None for the best that runs. If you name one, it
+            runs or it raises an error.
+        return_residuals: Whether to return ``(o, residuals)``, a :class:`~flashlla_jax.Residuals` of constants.
+        axis_name: Inside ``jax.shard_map``, the mesh axes that divide the length; B, T, S are then this device's.
 
     Returns:
         The output in the query's dtype, ``(B, T, Dv)`` or ``(B, T, N, Hv)``; with ``return_residuals`` the pair.
@@ -226,31 +169,16 @@ def lla_attention(
     Raises:
         TypeError: An argument has the wrong type or dtype, or the dtypes of query, key and value differ.
         ValueError: A shape does not fit, or a number is out of range.
-        NotImplementedError: The named implementation cannot serve this call here, an array is sharded along its last
-            axis, or the key/value heads, or beside sharded queries the keys, do not divide evenly among the devices.
+        NotImplementedError: The named implementation cannot serve the call, or its sharding cannot be served.
     """
     return_residuals = check_flag("return_residuals", return_residuals)
-    is_causal = check_flag("is_causal", is_causal)
     query, key, value = check_arrays(query, key, value)
-    axes = None if axis_name is None else check_axis_name(axis_name, query, key, value)
-    hiding = check_hiding(
-        query,
-        key,
-        is_causal=is_causal,
-        local_window_size=local_window_size,
-        query_offset=query_offset,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        segment_ids=segment_ids,
-        mask=mask,
-        shards=1 if axes is None else lax.axis_size(axes),
-    )
-    ridge_lambda = check_ridge(ridge_lambda, query)
-    options = check_options(
-        query, qk_scale, delta_eps, cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner, precision
-    )
+    axes, lengths = check_axis_name(axis_name, query, key, value), (query_seq_lengths, key_value_seq_lengths)
+    hiding = check_hiding(query, key, is_causal, local_window_size, query_offset, *lengths, segment_ids, mask, axes)
+    solver = (cg_atol, cg_rtol, cg_max_iters, cg_use_preconditioner)
+    options = check_options(query, qk_scale, delta_eps, *solver, precision)
     chosen = choose("lla_attention", implementation, planning.refusal(query, value))
-    o, residuals = attend(hiding, options, chosen, axes, query, key, value, ridge_lambda)
+    o, residuals = attend(hiding, options, chosen, axes, query, key, value, check_ridge(ridge_lambda, query))
     return (o, of_blind_rows(residuals)) if return_residuals else o
 
 

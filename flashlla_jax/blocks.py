@@ -136,7 +136,7 @@ def cut(query: Array, key: Array, value: Array, own: Array, seen: Visibility) ->
 
 
 def _by_block(x: Array, layout: Layout) -> Array:
-    """What is known of every query, (1 or B, T), in the shape of their blocks: (I, 1 or H, R)."""
+    """A number for every query, (1 or B, T), in blocks: (I, 1 or H, R)."""
     x = jnp.pad(x, [(0, 0), (0, layout.count * layout.rows - layout.length)], mode="edge")
     x = jnp.moveaxis(x.reshape(x.shape[0], layout.count, layout.rows), 1, 0)
     return jnp.tile(x if x.shape[1] == 1 else jnp.repeat(x, layout.heads, axis=1), (1, 1, layout.group))
@@ -151,7 +151,7 @@ def _key_blocks(start: Array, end: Array, keys: Layout) -> tuple[Array, Array]:
 
 
 def _strip_of_mask(mask: Array, i: Array, queries: Layout, keys: Layout) -> Bool[Array, "J H R C"]:
-    """What the mask shows of all keys to the queries of block i."""
+    """The mask of all keys for the queries of block i."""
     columns = keys.count * keys.rows
     if mask.shape[2] > 1:
         mask = jnp.pad(mask, [(0, 0), (0, 0), (0, queries.count * queries.rows - queries.length), (0, 0)], mode="edge")
@@ -166,7 +166,7 @@ def _strip_of_mask(mask: Array, i: Array, queries: Layout, keys: Layout) -> Bool
 def _visible(
     queries: Queries, key_ids: Array | None, mask: Array | None, columns: int, j: Array
 ) -> Bool[Array, "#H R C"]:
-    """What the queries of a block see of key block j."""
+    """Which keys of block j the queries of a block see."""
     column = (j * columns + jnp.arange(columns, dtype=jnp.int32))[None, None]
     visible = (queries.start[..., None] <= column) & (column < queries.end[..., None])
     if queries.ids is not None and key_ids is not None:
@@ -199,9 +199,9 @@ def keys_by_features(t: Array, q: Array, dot: lax.Precision) -> Array:
 
 
 class Strips(NamedTuple):
-    """What is known of one query block and every key block that it visits; the other key blocks hold old values.
+    """One query block against every key block that it visits; the other key blocks hold old values.
 
-    They are handed from query block to query block, so that a block costs what it visits.
+    Each query block hands them to the next. So a block costs no more than the key blocks that it visits.
     """
 
     k: Float[Array, "J H C D"]  # relative to the block's origin
@@ -254,7 +254,7 @@ def normalised(strips: Strips, queries: Queries, omega: Array) -> tuple[Strips, 
 
 
 def empty_strips(queries: Queries, keys: Keys, backward: bool) -> Strips:
-    """What the first block of queries is handed; ``backward``: with a place for gamma."""
+    """The strips for the first block of queries; ``backward``: with a place for gamma."""
     blocks, heads, columns, _ = keys.k.shape
     strip = jnp.zeros_like(queries.q, shape=(blocks, heads, queries.q.shape[2], columns))
     return Strips(jnp.zeros_like(keys.k), strip, strip, strip if backward else None)
@@ -263,7 +263,7 @@ def empty_strips(queries: Queries, keys: Keys, backward: bool) -> Strips:
 def visibility_of_blocks(
     seen: Visibility, queries: Layout, keys: Layout
 ) -> Callable[[Array, Queries], Callable[[Array], Array]]:
-    """What the queries of block i see of key block j, by i and the block, then by j."""
+    """Which keys of block j the queries of block i see, by i and the block, then by j."""
     key_ids = None if seen.key_ids is None else _by_block(seen.key_ids, keys)
 
     def of(i: Array, block: Queries) -> Callable[[Array], Array]:
@@ -279,7 +279,7 @@ Step = Callable[..., Any]  # of one block of queries, by a method
 def forward_by_blocks(
     step: Step, query: Array, key: Array, value: Array, own: Array, seen: Visibility
 ) -> tuple[Array, Any, Any]:
-    """The output, in the query's dtype, and what else a method keeps and tells of every query.
+    """The output, in the query's dtype, and the method's saved arrays and residuals.
 
     ``step(strips, block, keys, visible)`` gives the strips and these three of a block.
     """

@@ -1,6 +1,6 @@
 """Local Linear Attention in blocks of queries and keys, in plain XLA: any platform, O(S D) memory.
 
-The centred form and its gradient (design.md section 1; the symbols are the same):
+The centred form and its gradient (docs/design.md, with the same symbols):
 
     p_ij = softmax_j(qk_scale q_i.k_j),  kbar_i = sum_j p_ij k_j,  kc_ij = k_j - kbar_i,  m_i = kbar_i - q_i
     A_i = sum_j p_ij kc_ij kc_ij^T + lambda_i I,  x_i = A_i^-1 m_i,  a_ij = 1 - kc_ij.x_i,  o_i = sum_j p_ij a_ij v_j
@@ -10,12 +10,12 @@ The centred form and its gradient (design.md section 1; the symbols are the same
     dq_i = qk_scale sum_j ds_ij k_j + u_i
     dk_j = sum_i (qk_scale ds_ij q_i - p_ij b_ij x_i - p_ij a_ij u_i),  dv_j = sum_i p_ij a_ij g_i,  dlambda_i = u_i.x_i
 
-How it is cut into blocks is in blocks.py. A block of queries keeps its softmax weights against the keys that it can
+blocks.py cuts the call into blocks. A block of queries keeps its softmax weights against the keys that it can
 see, so a conjugate-gradient step costs two products.
 
-a_ij sums to 1 under p by definition, and b_ij to 0. So both are taken as what is left of products when their mean under
-p is subtracted. A product of 1e5 is good to 1e-2 in float32, and so would be that mean: about as much, kbar.x, is
-subtracted first. Where one key holds all the weight, or the products are huge, the large parts then cancel exactly.
+The mean of a_ij under p is 1 by definition, and that of b_ij is 0. So both are products less their mean under p. A
+product of 1e5 is good to 1e-2 in float32, and its mean would be no better. So kbar.x, which is about as large, is
+subtracted first. If one key holds all the weight, or the products are huge, the large parts then cancel exactly.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from flashlla_jax.visibility import Visibility
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs of the forward pass; relative to the origin of the query's block."""
+    """Kept from the forward pass for the backward pass; relative to the origin of the query's block."""
 
     top: Float[Array, "B T N"]  # the largest logit
     kbar: Float[Array, "B T N D"]
@@ -189,7 +189,7 @@ def _backward_block(
         return strips, omega + jnp.sum(w, axis=-1)
 
     strips, omega = loop(weights_and_products, (strips, jnp.zeros_like(lam)))
-    strips, _ = normalised(strips, queries, omega)  # anew: where logits are huge, top is good to its rounding only
+    strips, _ = normalised(strips, queries, omega)  # anew: if logits are huge, top is good to its rounding only
     weights, kx, gamma = strips.weights, strips.kx, strips.gamma
     assert kx is not None
     assert gamma is not None
@@ -237,7 +237,7 @@ def _backward_block(
 def forward(
     query: Array, key: Array, value: Array, lam: Array, seen: Visibility, options: Options
 ) -> tuple[Array, Saved, Residuals]:
-    """The output, what ``backward`` needs, and the residuals; lam is a usable ridge (interface.py)."""
+    """The output, ``Saved`` for ``backward``, and the residuals; lam is a usable ridge (interface.py)."""
     tol = _tolerances(query.dtype, options)
     step = partial(_forward_block, options=options, tol=tol)
     return forward_by_blocks(step, query, key, value, lam, seen)

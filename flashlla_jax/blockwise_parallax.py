@@ -48,7 +48,7 @@ from flashlla_jax.visibility import Visibility
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs of the forward pass beside the inputs; relative to the block's origin."""
+    """Kept from the forward pass for the backward pass; relative to the block's origin."""
 
     top: Float[Array, "B T N"]  # the largest logit
 
@@ -149,7 +149,7 @@ def _backward_block(
 def forward(
     query: Array, key: Array, value: Array, probe: Array, seen: Visibility, options: ParallaxOptions
 ) -> tuple[Array, Saved, ParallaxResiduals]:
-    """The output, what ``backward`` needs, and the residuals."""
+    """The output, ``Saved`` for ``backward``, and the residuals."""
     dot = product_precision(query.dtype, options.precision)
     step = partial(_forward_block, options=options, dot=dot)
     return forward_by_blocks(step, query, key, value, probe, seen)

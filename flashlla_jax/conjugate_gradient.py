@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Solution(NamedTuple):
-    """What ``solve`` returns, row by row.
+    """The result of ``solve``, row by row.
 
     Attributes:
         x: the solution.
@@ -91,9 +91,9 @@ def solve(
 
 
 def _power_of_two(rhs: Array) -> Array:
-    """(*rows, 1), of about the size of a row: divided by it, squares are numbers that have all their digits.
+    """(*rows, 1), about as large as a row. Divide the row by it, and squares keep all their digits.
 
-    The gradient's right-hand side may be 1e-21, which is a key's whole weight, and its square is none any more.
+    The gradient's right-hand side may be 1e-21, if a key has so little weight. Its square would underflow.
     """
     most = jnp.max(jnp.abs(rhs), axis=-1, keepdims=True)
     _, exponent = jnp.frexp(most)

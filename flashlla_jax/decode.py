@@ -114,7 +114,7 @@ def parallax_decode(
 ) -> Float[Array, "B T N Dv"]:
     """Parallax of the last 1 to 8 tokens of every row of a cache: one step of generation.
 
-    What causal :func:`~flashlla_jax.parallax_attention` over the written part of the cache gives for these tokens, as
+    Equals causal :func:`~flashlla_jax.parallax_attention` over the written part of the cache for these tokens, as
     :func:`lla_decode` is for :func:`~flashlla_jax.lla_attention`. The arguments are ``lla_decode``'s, less the ridge.
 
     Args:

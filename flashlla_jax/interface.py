@@ -1,9 +1,9 @@
 """The arguments and the results of every implementation.
 
 An implementation works on the canonical layout: query ``(B, T, N, D)``, key ``(B, S, K, D)``, value ``(B, S, K, Dv)``,
-with K dividing N, what the method has of its own of every query, and a ``Visibility`` that says which keys a query
-sees. Its own is, of Local Linear Attention, ridge_lambda ``(B, T, N)`` in the accumulation dtype, and of Parallax the
-probe ``(B, T, N, D)``. A query that sees none has output zero and no gradient. ``arguments.py`` has checked all of it.
+with K dividing N, the method's own array, and a ``Visibility`` that says which keys a query sees. Local Linear
+Attention's own array is ridge_lambda ``(B, T, N)`` in the accumulation dtype, Parallax's is the probe
+``(B, T, N, D)``. A query that sees none has output zero and no gradient. ``arguments.py`` has checked all of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class SolverOptions:
     """How the conjugate-gradient solves run; ``lla_attention`` has these names with ``cg_`` before them.
 
     Attributes:
-        atol: floor of what the tolerance multiplies; None for 0.
+        atol: floor of the scale that the tolerance multiplies; None for 0.
         rtol: relative tolerance of the squared residual; None for a stop on the error of x instead.
         max_iters: the most steps of a solve.
         use_preconditioner: whether to precondition with the diagonal of A (Jacobi).
@@ -44,14 +44,14 @@ class Options:
 
 @dataclass(frozen=True)
 class ParallaxOptions:
-    """The static options of one call of Parallax; of which type the options are says which method is called."""
+    """The static options of one call of Parallax. The type of the options says which method is called."""
 
     qk_scale: float
     precision: jax.lax.Precision
 
 
 class Residuals(NamedTuple):
-    """What the solves of a call did: one number per query and head, constants under differentiation.
+    """How the solves of a call went: one number per query and head, constants under differentiation.
 
     The arrays have shape ``(B, S)`` for rank-3 inputs and ``(B, T, N)`` for rank-4 inputs. Floating ones are float32
     (float64 for float64 inputs).
@@ -76,7 +76,7 @@ class Residuals(NamedTuple):
 
 
 class ParallaxResiduals(NamedTuple):
-    """What Parallax's forward pass knows beside its output; shapes, dtypes and meaning as in :class:`Residuals`.
+    """The statistics of Parallax's forward pass; shapes, dtypes and meaning as in :class:`Residuals`.
 
     Attributes:
         omega: ``sum_j exp(qk_scale q.k_j - max_j)`` over the visible keys.

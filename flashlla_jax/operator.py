@@ -43,7 +43,7 @@ class _Call:
 
     Attributes:
         only: the implementation on every platform, or None for the one that fits the platform.
-        plan: launch shapes and arithmetic of the kernels; None where they are not asked for.
+        plan: launch shapes and arithmetic of the kernels; None if they are not asked for.
         axes: the mesh axes over which the length is divided inside of ``jax.shard_map``, or None.
     """
 
@@ -54,7 +54,7 @@ class _Call:
 
     @property
     def kernels(self) -> Any:
-        """What computes the method that is called, by Triton."""
+        """The module that computes the called method by Triton."""
         return parallax_passes if isinstance(self.options, ParallaxOptions) else passes
 
     @property

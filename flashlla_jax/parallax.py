@@ -144,22 +144,10 @@ def parallax_attention(
             :func:`~flashlla_jax.lla_attention` refuses too.
     """
     return_residuals = check_flag("return_residuals", return_residuals)
-    is_causal = check_flag("is_causal", is_causal)
     query, key, value = check_arrays(query, key, value)
     probe = check_probe(probe, query)
-    axes = None if axis_name is None else check_axis_name(axis_name, query, key, value)
-    hiding = check_hiding(
-        query,
-        key,
-        is_causal=is_causal,
-        local_window_size=local_window_size,
-        query_offset=query_offset,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        segment_ids=segment_ids,
-        mask=mask,
-        shards=1 if axes is None else lax.axis_size(axes),
-    )
+    axes, lengths = check_axis_name(axis_name, query, key, value), (query_seq_lengths, key_value_seq_lengths)
+    hiding = check_hiding(query, key, is_causal, local_window_size, query_offset, *lengths, segment_ids, mask, axes)
     options = check_parallax_options(query, qk_scale, precision)
     chosen = choose("parallax_attention", implementation, planning.refusal(query, value))
     o, residuals = attend(hiding, options, chosen, axes, query, key, value, probe)

@@ -3,7 +3,7 @@
 This is the definition that every other implementation is tested against; in float64 it is the truth. It holds a
 ``(B, N, T, S, D)`` array and costs O(T S D^2), so it is for tests and small problems.
 
-For query i over its visible keys j, with softmax weights p_ij (design.md section 1):
+For query i over its visible keys j, with softmax weights p_ij (docs/design.md):
 
     kbar_i = sum_j p_ij k_j,  kc_ij = k_j - kbar_i,  A_i = sum_j p_ij kc_ij kc_ij^T + lambda_i I
     x_i = A_i^-1 (kbar_i - q_i),  o_i = sum_j p_ij (1 - kc_ij.x_i) v_j
@@ -167,7 +167,7 @@ def attention_backward(
 ) -> tuple[Array, Array, Array, Array]:
     """The gradient of ``attention`` written out: ``(dquery, dkey, dvalue, dridge_lambda)``, shaped as the inputs.
 
-    Dense, in the centred form (design.md section 1), with both solves by ``jnp.linalg.solve``. It equals ``jax.grad``
+    Dense, in the centred form (docs/design.md), with both solves by ``jnp.linalg.solve``. It equals ``jax.grad``
     of ``attention`` and is what the blockwise path and the kernels compute without a dense array.
     """
     q, k, v, lam = _canonical(query, key, value, ridge_lambda, seen)

@@ -149,3 +149,26 @@ def test_overloads_match_the_function() -> None:
     assert len(overloads) == 2
     for overload in overloads:
         assert list(inspect.signature(overload).parameters) == list(inspect.signature(lla_attention).parameters)
+
+
+SOURCES = [
+    path for folder in ("flashlla_jax", "tests", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+]
+
+
+def test_files_are_short() -> None:
+    lines = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n") for path in SOURCES}
+    assert {name: n for name, n in lines.items() if n > 450} == {}
+
+
+def test_functions_are_short() -> None:
+    """With their docstrings. A kernel is one function: what it keeps in registers cannot be divided."""
+    lengths = {
+        f"{path.relative_to(ROOT)}: {node.name}": node.end_lineno - node.lineno + 1
+        for path in SOURCES
+        if path.parent.name != "kernels"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno is not None
+    }
+    assert len(lengths) > 500
+    assert {name: n for name, n in lengths.items() if n > 80} == {}

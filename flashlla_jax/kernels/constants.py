@@ -1,4 +1,4 @@
-"""What a kernel is compiled for: one value, so that a kernel and its helpers take one argument for all constants."""
+"""The constants of a kernel in one value: a kernel and its helpers take one argument for all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Constants:
         STAGES, EDGE_STAGES: depth of the software pipeline over whole tiles, and over those that are compared. These
             are few but with a mask: a pipeline of their own costs more registers than it hides time.
         SCALE, QK_SCALE: factor of the logits, in units of log 2 and as it is.
-        STEEPNESS: the size of SCALE, if only just positive, so that a hidden key's -inf stays what it is.
+        STEEPNESS: the size of SCALE, if only just positive, so that a hidden key's -inf stays -inf.
         PRECISION: of a float32 product.
         EXACT: it keeps all of float32; so do, then, the differences of large products, see ``tiles.py``.
         UPCAST: tiles are widened to float32 after loading, and keys taken relative to an origin.
@@ -35,7 +35,7 @@ class Constants:
         RTOL, HARD_RTOL, ATOL, ENERGY, MAX_ITERS, PRECONDITION, FINISH: how the solve stops, see ``solver.py``.
         DELTA_EPS: added to the denominator of the paper's form.
         QUERY_BM: in the key kernel, the query kernel's BM.
-        UNWRITTEN: what no query sees may be NaN (a cache); else it was made 0 before.
+        UNWRITTEN: keys that no query sees may be NaN (a cache); else they were made 0 before.
     """
 
     HEADS: int

@@ -1,4 +1,4 @@
-"""The kernels of a decode step: the moments of what a query sees, by split of the cache, and the solve from all splits.
+"""The kernels of a decode step: the moments of a query's keys, by split of the cache, and the solve from all splits.
 
 For every query (row) the cache is cut into SPLITS parts, so that there is work for the whole GPU at any batch size. A
 program of the first kernel takes BD of the key's features of one row and one split, and gathers there
@@ -28,7 +28,7 @@ FEW: tl.constexpr = tl.constexpr(32)
 
 
 class Partials(NamedTuple):
-    """What a split leaves; of every one of rows x SPLITS."""
+    """The sums of a split, for each of rows x SPLITS."""
 
     top: tl.tensor
     omega: tl.tensor

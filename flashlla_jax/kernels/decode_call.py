@@ -1,4 +1,4 @@
-"""A decode step by Triton kernels: which shapes they take, what they are compiled for, and the two launches."""
+"""A decode step by Triton kernels: the shapes that they take, their constants, and the two launches."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class DecodePlan(NamedTuple):
 
 @dataclass(frozen=True)
 class DecodeConstants:
-    """What the kernels are compiled for.
+    """The constants of the kernels.
 
     Attributes:
         HEADS, KV_HEADS: query heads, and key/value heads.
@@ -64,7 +64,7 @@ class DecodeConstants:
         WIDEN: the cache is float8.
         MASK: a boolean mask is looked at.
         MASK_B, MASK_N, MASK_T, MASK_S: 1 for the axes that the mask has; the others are of size 1.
-        ROUNDING: what is added to the scaled matrix's diagonal.
+        ROUNDING: added to the scaled matrix's diagonal.
         TOLERANCE, MAX_STEPS: how the solve stops.
     """
 
@@ -95,7 +95,7 @@ class DecodeConstants:
 
 # The first kernel, by the least compute capability, bytes of a product's operand, and padded head dimension, the larger
 # of the key's and the value's. bfloat16 up to 128 on Hopper: the best of two dozen on an H100, where 128 keys take 12 %
-# less than 64 at D = 128. Others: chosen by what the compiler makes of them.
+# less than 64 at D = 128. Others: chosen by register spills.
 _MOMENTS = {
     90: {
         2: {

@@ -13,13 +13,10 @@ from flashlla_jax.kernels.tiles import (
     head_base,
     is_hard,
     key_scale,
-    key_tile,
-    load_intervals,
     load_keys,
     load_origin,
     load_queries,
     load_rows,
-    load_tiles,
     load_values,
     log_weights,
     logits,
@@ -31,11 +28,10 @@ from flashlla_jax.kernels.tiles import (
     store_queries,
     store_rows,
     store_tile,
-    table_row,
-    visible_to,
     weights,
     with_row,
 )
+from flashlla_jax.kernels.visible import key_tile, load_intervals, load_tiles, table_row, visible_to
 
 # The lse of a query that sees no key: its weights are then 0 wherever they are computed. And the largest logit before
 # any: finite, so that a first tile that is all hidden leaves no inf - inf.

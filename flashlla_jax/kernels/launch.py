@@ -44,7 +44,7 @@ def call(
 
 
 def as_constexpr(constants: _Constants) -> _Constants:
-    """Each of them a ``tl.constexpr``: Triton 3.6 makes none of what it finds inside an argument."""
+    """Each of them a ``tl.constexpr``: Triton 3.6 does not convert values inside an argument."""
     import triton.language as tl
 
     values = {field.name: getattr(constants, field.name) for field in dataclasses.fields(constants)}  # type: ignore[arg-type]

@@ -22,21 +22,16 @@ from flashlla_jax.kernels.forward import NO_KEYS, NO_LOGIT
 from flashlla_jax.kernels.tiles import (
     Keys,
     Rows,
-    Tiles,
-    Visible,
     as_logits,
     head_base,
     key_program,
-    key_tile,
     load_cotangents,
-    load_intervals,
     load_key_tile,
     load_keys,
     load_origin,
     load_pairs,
     load_queries,
     load_rows,
-    load_tiles,
     load_values,
     log_weights,
     logits,
@@ -44,15 +39,22 @@ from flashlla_jax.kernels.tiles import (
     query_program,
     relative_queries,
     rounded_product,
-    sees,
     store_pairs,
     store_queries,
     store_rows,
     store_tile,
+    weights,
+)
+from flashlla_jax.kernels.visible import (
+    Tiles,
+    Visible,
+    key_tile,
+    load_intervals,
+    load_tiles,
+    sees,
     table_row,
     visible_to,
     visited,
-    weights,
 )
 
 
@@ -60,14 +62,14 @@ class Softmax(NamedTuple):
     """A tile of queries after its pass over the keys."""
 
     top: tl.tensor  # (BM,), the largest logit
-    omega: tl.tensor  # what the weights relative to it sum to
+    omega: tl.tensor  # the sum of the weights relative to it
     t: tl.tensor  # the mean of k.r
     vbar: tl.tensor  # (BM, DVP)
     excess: tl.tensor  # o - vbar
 
 
 class Queries(NamedTuple):
-    """Where the queries of a head lie that may see a tile of keys, and what the query kernel left of them."""
+    """Pointers to the queries of a head that may see a tile of keys, and to the query kernel's numbers of them."""
 
     q: tl.tensor
     r: tl.tensor
@@ -84,7 +86,7 @@ class Queries(NamedTuple):
 
 @triton.jit
 def a_of(t, kr, c: tl.constexpr):
-    """a_ij = 1 + t - k.r. EXACT: 1 is added last, when what is large is gone."""
+    """a_ij = 1 + t - k.r. EXACT: 1 is added last, after the large parts have cancelled."""
     if c.EXACT:
         a = (t - kr) + 1.0
     else:
@@ -168,7 +170,7 @@ def forward_kernel(
     logsumexp_ptr,
     c: tl.constexpr,
 ):
-    """The output of a tile of queries, and what the backward kernels need: vbar, o - vbar, the normaliser and t."""
+    """The output of a tile of queries, and for the backward kernels vbar, o - vbar, the normaliser and t."""
     tiles, tile, batch, head, kv_head = query_program(T, c)
     m0 = tile * c.BM
     row_base = batch.to(tl.int64) * T * c.HEADS + head
@@ -286,7 +288,7 @@ def query_kernel(
     weight_rest_ptr,
     c: tl.constexpr,
 ):
-    """dq, dr, and what the key kernel needs of each row: the lse with t, and gbar with c, for every row of a tile."""
+    """dq, dr, and for the key kernel two pairs of each row of a tile: the lse with t, and gbar with c."""
     tiles, tile, batch, head, kv_head = query_program(T, c)
     m0 = tile * c.BM
     row_base = batch.to(tl.int64) * T * c.HEADS + head
@@ -332,7 +334,7 @@ def query_kernel(
 def key_gradients(dk, dv, at, queries, c: tl.constexpr):
     """dk and dv with the share of the queries of one head added; tiles are keys by queries, the edges come first.
 
-    See ``key_gradients`` in backward.py, of which this is a part.
+    See ``key_gradients`` in backward_key.py, of which this is a part.
     """
     T = queries.visible.T
     for whole in tl.static_range(2):

@@ -28,7 +28,7 @@ _PROGRAMS = 4 * 132
 # Keys of a part at least: below that its start costs more than its keys.
 _LEAST_KEYS = 256
 # The forward kernel's, by bytes of a product's operand and padded head dimension. The rows are one head's few tokens:
-# as few as a product takes, but where that spills. Chosen by what the compiler makes of them.
+# as few as a product takes, unless that spills. Chosen by register spills.
 _LAUNCHES = {
     2: {64: Launch(16, 32, 4, 3), 128: Launch(64, 64, 8, 3), 256: Launch(16, 32, 4, 2)},
     4: {64: Launch(16, 32, 4, 2), 128: Launch(16, 32, 4, 2), 256: Launch(16, 16, 4, 1)},

@@ -215,7 +215,8 @@ def backward(
     plan: Plan,
 ) -> tuple[Array, Array, Array, Array]:
     """``(dquery, dkey, dvalue, dridge_lambda)`` for the cotangent g of the output."""
-    from flashlla_jax.kernels.backward import key_kernel, query_kernel
+    from flashlla_jax.kernels.backward_key import key_kernel
+    from flashlla_jax.kernels.backward_query import query_kernel
 
     problem = Problem.of(query, key, value, seen, options, plan)
     batch, T, S, heads, kv_heads, _, _ = problem.shape

@@ -49,7 +49,7 @@ class Arithmetic(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether products keep all of float32, so that what is lost beside them is worth keeping."""
+        """Whether products keep all of float32, so that smaller losses beside them are worth avoiding."""
         return self.upcast and self.precision != "tf32"
 
 
@@ -64,7 +64,7 @@ class Plan(NamedTuple):
 
 # By the least compute capability, (kernel, bytes of a product's operand) and padded head dimension, the larger of the
 # key's and the value's. 64 and 128 of capability 90 were chosen by time on an H200 (benchmarks/tune.py times candidates
-# like those again), the rest by what the compiler makes of them, the least register spills. The key kernel's BM divides
+# like those again), the rest by the fewest register spills in the compiled kernel. The key kernel's BM divides
 # the query's; for 4 bytes BM is 32 at the most (kernels/tiles.py, load_origin).
 TABLE: LaunchTable = {
     90: {
@@ -83,7 +83,7 @@ TABLE: LaunchTable = {
 }
 
 
-# Of Parallax (kernels/parallax.py), with the same keys and the same rules. Chosen by what the compiler makes of them.
+# Of Parallax (kernels/parallax.py), with the same keys and the same rules. Chosen by register spills.
 PARALLAX_TABLE: LaunchTable = {
     90: {
         ("forward", 2): {64: Launch(64, 64, 4, 3), 128: Launch(128, 32, 8, 3), 256: Launch(64, 32, 4, 2)},
@@ -100,9 +100,10 @@ PARALLAX_TABLE: LaunchTable = {
     },
 }
 
-# What differs from TABLE where queries see few keys. A program has a cost of its own, most of it for what it keeps in
-# memory between its passes over the keys; smaller tiles leave more registers for that. On an H100, bfloat16, D = 64,
-# 512 keys a row: forward 0.63 ms against 0.74, query 0.88 against 1.12; equal at 1500 keys; 10 % more at 4096.
+# Entries that replace TABLE's if queries see few keys. A program has a cost of its own. Most of it is for the arrays
+# that it keeps in memory between its passes over the keys; smaller tiles leave more registers for them. On an H100,
+# bfloat16, D = 64, 512 keys a row: forward 0.63 ms against 0.74, query 0.88 against 1.12; equal at 1500 keys; 10 % more
+# at 4096.
 FEW_KEYS: dict[tuple[int, str, int, int], Launch] = {
     (90, "forward", 2, 64): Launch(64, 32, 4, 3),
     (90, "query", 2, 64): Launch(64, 32, 4, 3),

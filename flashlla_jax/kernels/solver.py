@@ -1,8 +1,8 @@
 """Conjugate gradients on A_i = Cov_p(k, k) + lambda_i I for the queries of one tile, in registers.
 
-Every step passes once over the visible keys, recomputing their weights: three products of tiles (four with SPLIT). The
-search direction is rounded to the inputs' dtype before it is used in the product and in the updates alike, so that x
-and r stay consistent (design.md section 2).
+Every step passes once over the visible keys and computes their weights again: three products of tiles (four with
+SPLIT). The search direction is rounded to the inputs' dtype first. The product and the updates both use the rounded
+one, so x and r stay consistent (docs/design.md, Numerics).
 """
 
 from typing import NamedTuple
@@ -12,7 +12,6 @@ import triton.language as tl
 
 from flashlla_jax.kernels.tiles import (
     as_operand,
-    key_tile,
     load_keys,
     one_column,
     rounded_product,
@@ -20,6 +19,7 @@ from flashlla_jax.kernels.tiles import (
     some,
     weights,
 )
+from flashlla_jax.kernels.visible import key_tile
 
 # (eps / 4)^2 of float32: a step that adds this share of x.Ax moves x by less than its rounding
 STAGNATION: tl.constexpr = tl.constexpr(1e-15)
@@ -89,10 +89,10 @@ def solve(rhs, rows, keys, hard, c: tl.constexpr):
     A, and E is that of x itself. Else the scale is |rhs|^2, as for ``cg_rtol``. A row also stops if a step adds less to
     E than float32 keeps of x: it has stagnated.
 
-    FINISH: with one more step that takes no product, along the last direction, by the shortest of the row's steps so
-    far (so that no error in the span that they have seen grows). It shrinks r about as the steps did: by the worst of
-    their factors, it is assumed, and to no less than 1/5; the loop ends when that estimate is below the bound. For
-    random keys that is a step fewer where lambda is large, and half the error where it is small.
+    FINISH: one more step at the end, along the last direction, takes no product. Its length is the shortest of the
+    row's steps so far: then no error in the span that they have seen grows. It is assumed to shrink r by the worst of
+    the steps' factors, and to no less than 1/5. The loop ends when that estimate is below the bound. For random keys
+    this saves a step if lambda is large, and halves the error if it is small.
 
     A product's weights are carried as hi + lo always where SPLIT_BELOW is inf, never where it is 0, else in the rows
     that are ``hard``. There HARD_RTOL takes the place of RTOL.
@@ -128,7 +128,7 @@ def solve(rhs, rows, keys, hard, c: tl.constexpr):
         p32 = p.to(tl.float32)
         curvature = tl.sum(p32 * product, 1)
         live = live & (curvature > 0)
-        # the direction was rounded: its own projection of r, not |r|^2, is what minimises along it
+        # the direction was rounded: its own projection of r, not |r|^2, gives the minimum along it
         along = tl.sum(p32 * r, 1)
         alpha = tl.where(live, along / tl.where(live, curvature, 1.0), 0.0)
         energy += alpha * along
@@ -163,6 +163,6 @@ def solve(rhs, rows, keys, hard, c: tl.constexpr):
         begun = (iterations > 0) & (shortest > 0)
         x = tl.where(begun[:, None], x + shortest[:, None] * p.to(tl.float32), x)
         rr *= tl.where(begun, factor, 1.0)
-    # 0 where there was nothing to do, and 1 if no step was made
+    # 0 if there was nothing to do, and 1 if no step was made
     error = tl.sqrt(rr / tl.where(energy > 0.0, rows.lam * energy, tl.where(rr > 0.0, rr, 1.0)))
     return Solve(x, iterations, tl.sqrt(rr), tl.where(rr <= 1e-36, 0.0, error), (rr <= stop).to(tl.int32))

@@ -19,7 +19,7 @@ from flashlla_jax.visibility import Visibility, dense
 
 
 class Table(NamedTuple):
-    """What a kernel is given: the table, and with a mask the list that it points into (else one number)."""
+    """The arrays for a kernel: the table, and with a mask the list that it points into (else one number)."""
 
     rows: Int[Array, "B N tiles 4"]
     order: Int[Array, "B N tiles others"]
@@ -41,7 +41,7 @@ def by_query_tiles(seen: Visibility, keys: int, queries_per_tile: int, keys_per_
         return _listed(some, every)
     tile = _extremes(seen, keys, queries_per_tile)
     low, high = tile.first_start // keys_per_tile, -(-tile.last_end // keys_per_tile)
-    low = jnp.minimum(low, high)  # both 0 where nothing is seen
+    low = jnp.minimum(low, high)  # both 0 if nothing is seen
     return _table(seen, low, -(-tile.last_start // keys_per_tile), tile.first_end // keys_per_tile, high)
 
 

@@ -1,15 +1,15 @@
-"""What the kernels share: tiles of rows, which of them are visited, softmax weights, products of rounded operands.
+"""Shared by the kernels: tiles of rows, softmax weights, products of rounded operands.
 
 A tile is a (BLOCK, DP) piece of a (length, D) matrix whose rows are STRIDE elements apart, padded with zeros to the
 power of two DP. Logits are in units of log 2, and ``lse`` is the log2 of the normaliser.
 
-Three numbers of a row are nearly equal and opposite to products of 1e5 and more where queries and keys are huge: the
-normaliser to q.k, and what a_ij and b_ij have beside x.k and u.k. One float32 number would round them to 1e-7 of that.
-With EXACT each is two numbers: one near the products, at which their sum begins, and the rest, found from the very
-products that are left. That wants the same bits of a product in every kernel, so each sums it in the same order.
+If queries and keys are huge, products of 1e5 and more nearly cancel against three numbers of a row: q.k against the
+normaliser, x.k and u.k against the row's part of a_ij and b_ij. One float32 number would round these to 1e-7 of the
+product. With EXACT each is two numbers: one near the products, which their sum begins with, and a rest, found from the
+remainder of those very products. This needs the same bits of a product in every kernel, so each sums in the same order.
 (At HIGH a product of two tf32 halves may still differ by a rounding in the key kernel, which has its operands swapped.)
 
-Tensors that travel together are a NamedTuple; what is known at compile time is ``c``, see ``constants.py``.
+Tensors that travel together are a NamedTuple. Compile-time constants are in ``c``, see ``constants.py``.
 """
 
 from typing import NamedTuple
@@ -17,47 +17,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-
-class Visible(NamedTuple):
-    """Where the visibility lies, of one batch entry and head."""
-
-    start: tl.tensor  # (T,)
-    end: tl.tensor
-    query_ids: tl.tensor
-    key_ids: tl.tensor  # (S,)
-    mask: tl.tensor  # (T, S)
-    order: tl.tensor  # tiles in the order that they are visited, of the program's own tile
-    T: tl.tensor
-    S: tl.tensor
-
-
-class Tiles(NamedTuple):
-    """Which tiles a program visits: ``wholes`` of them from ``whole`` on uncompared, ``edges`` on both sides compared.
-
-    With a mask these are places in a list.
-    """
-
-    low: tl.tensor  # the first edge
-    left: tl.tensor  # edges before the whole tiles
-    whole: tl.tensor
-    wholes: tl.tensor
-    edges: tl.tensor
-
-
-class Intervals(NamedTuple):
-    """What the queries of a tile see."""
-
-    start: tl.tensor  # (BM,)
-    end: tl.tensor
-    ids: tl.tensor
-    m0: tl.tensor  # the first query
+from flashlla_jax.kernels.visible import Intervals, Tiles, Visible, key_tile, sees
 
 
 class Rows(NamedTuple):
     """The queries of a tile."""
 
     Q: tl.tensor  # (BM, DP), in the products' dtype
-    lse: tl.tensor  # (BM,), EXACT: the largest logit, and the log2 of what weights relative to it sum to
+    lse: tl.tensor  # (BM,), EXACT: the largest logit, and the log2 of the sum of the weights relative to it
     lse_rest: tl.tensor
     kbar: tl.tensor  # (BM, DP), relative to the keys' origin
     lam: tl.tensor  # (BM,)
@@ -69,7 +36,7 @@ class Keys(NamedTuple):
 
     k: tl.tensor  # pointers to the first key and value of the head
     v: tl.tensor
-    origin: tl.tensor  # (DP,), what keys are taken relative to
+    origin: tl.tensor  # (DP,), subtracted from the keys
     tiles: Tiles
     visible: Visible
 
@@ -84,7 +51,7 @@ class KeyTile(NamedTuple):
 
 @triton.jit
 def query_program(T, c: tl.constexpr):
-    """Of a program for a tile of queries of a head: how many tiles, and tile, batch, head and key head of its own."""
+    """For a program with a tile of queries: the number of tiles, then its tile, batch, head and key head."""
     tiles = tl.cdiv(T, c.BM)
     tile = tiles - 1 - tl.program_id(0) % tiles  # the longest prefixes first
     head = tl.program_id(0) // tiles % c.HEADS
@@ -94,7 +61,7 @@ def query_program(T, c: tl.constexpr):
 
 @triton.jit
 def key_program(S, c: tl.constexpr):
-    """Of a program for a tile of keys of a key head: how many tiles, and tile, batch and key head of its own."""
+    """For a program with a tile of keys: the number of tiles, then its tile, batch and key head."""
     tiles = tl.cdiv(S, c.BN)
     tile = tl.program_id(0) % tiles  # the first keys are seen by the most queries
     kv_head = tl.program_id(0) // tiles % c.KV_HEADS
@@ -110,7 +77,7 @@ def head_base(pointer, batch, length, head, HEADS: tl.constexpr, WIDTH: tl.const
 
 @triton.jit
 def tile_pointers(base, start, STRIDE: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr):
-    # the tile's start is 64-bit, what is within the tile fits in 32
+    # the tile's start is 64-bit; offsets within the tile fit in 32
     rows = tl.arange(0, BLOCK)
     columns = tl.arange(0, DP)
     return base + tl.cast(start, tl.int64) * STRIDE + (rows[:, None] * STRIDE + columns[None, :])
@@ -250,7 +217,7 @@ def store_rows(base, values, start, length, STRIDE: tl.constexpr, BLOCK: tl.cons
 def load_pairs(base, start, BLOCK: tl.constexpr):
     """Two numbers per row, kept side by side in a (rows, 2) float32 matrix that has every row of the tile."""
     start = tl.multiple_of(start, BLOCK)
-    # as one 64-bit number: every thread copies the pairs that it needs by itself, so fewer loads are less time
+    # as one 64-bit number: every thread loads the pairs that it needs, so fewer loads take less time
     pairs = tl.load(base.to(tl.pointer_type(tl.int64), bitcast=True) + (start + tl.arange(0, BLOCK)))
     return pairs.to(tl.int32).to(tl.float32, bitcast=True), (pairs >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
@@ -260,96 +227,6 @@ def store_pairs(base, first, second, start, BLOCK: tl.constexpr):
     rows = start + tl.arange(0, BLOCK)
     tl.store(base + 2 * rows, first)
     tl.store(base + 2 * rows + 1, second)
-
-
-@triton.jit
-def visible_to(start, end, query_ids, key_ids, mask, order, batch, head, T, S, c: tl.constexpr):
-    """The visibility as head ``head`` of batch entry ``batch`` has it; ``order`` is still that of all its tiles."""
-    entry = batch.to(tl.int64) * c.PER_BATCH
-    mask_row = tl.cast(S, tl.int64) if c.MASK_S else tl.cast(1, tl.int64)
-    mask_head = mask_row * T if c.MASK_T else mask_row
-    mask_batch = mask_head * c.HEADS if c.MASK_N else mask_head
-    mask += batch * mask_batch * c.MASK_B + head * mask_head * c.MASK_N
-    return Visible(start + entry * T, end + entry * T, query_ids + entry * T, key_ids + entry * S, mask, order, T, S)
-
-
-@triton.jit
-def table_row(batch, head, tiles, tile, c: tl.constexpr):
-    """Which row of a table is a tile's own."""
-    row = batch.to(tl.int64) * c.PER_BATCH
-    if c.PER_HEAD:
-        row = row * c.HEADS + head
-    return row * tiles + tile
-
-
-@triton.jit
-def load_tiles(table, row):
-    """``Tiles`` from a table's row: first tile visited, first whole one, one past the last whole one, and visited."""
-    low = tl.load(table + 4 * row)
-    whole = tl.load(table + 4 * row + 1)
-    whole_end = tl.load(table + 4 * row + 2)
-    high = tl.load(table + 4 * row + 3)
-    return Tiles(low, whole - low, whole, whole_end - whole, high - low - (whole_end - whole))
-
-
-@triton.jit
-def visited(tiles, order, i, EDGE: tl.constexpr, LEFT: tl.constexpr, c: tl.constexpr):
-    """The i-th whole tile, or the i-th edge. LEFT: there may be edges before the whole tiles.
-
-    The edges on both sides are one loop: a second one would double the kernel, and cost it registers.
-    """
-    if EDGE:
-        if LEFT:
-            tile = tiles.low + i + tl.where(i < tiles.left, 0, tiles.wholes)
-        else:
-            tile = tiles.wholes + i
-    else:
-        tile = tiles.whole + i
-    if c.MASK:
-        tile = tl.load(order + tile)
-    return tile
-
-
-@triton.jit
-def key_tile(keys, i, EDGE: tl.constexpr, c: tl.constexpr):
-    """The first key of the i-th tile that is visited."""
-    return visited(keys.tiles, keys.visible.order, i, EDGE, not (c.FROM_FIRST or c.MASK), c) * c.BN
-
-
-@triton.jit
-def load_intervals(visible, m0, c: tl.constexpr):
-    """Beyond the last query they are its own."""
-    rows = tl.minimum(m0 + tl.arange(0, c.BM), visible.T - 1)
-    end = tl.load(visible.end + rows)
-    start = tl.zeros((c.BM,), tl.int32)
-    if not c.FROM_FIRST:
-        start = tl.load(visible.start + rows)
-    ids = start
-    if c.IDS:
-        ids = tl.load(visible.query_ids + rows)
-    return Intervals(start, end, ids, m0)
-
-
-@triton.jit
-def sees(intervals, columns, visible, KEYS_FIRST: tl.constexpr, c: tl.constexpr):
-    """Whether the tile's queries see the keys ``columns``: (BM, BN), or (BN, BM) if KEYS_FIRST."""
-    row: tl.constexpr = 0 if KEYS_FIRST else 1
-    start = tl.expand_dims(intervals.start, row)
-    end = tl.expand_dims(intervals.end, row)
-    column = tl.expand_dims(columns, 1 - row)
-    if c.FROM_FIRST:
-        seen = column < end
-    else:  # one comparison: below the start the difference is huge
-        seen = (column - start).to(tl.uint32, bitcast=True) < (end - start).to(tl.uint32, bitcast=True)
-    if c.IDS:
-        ids = tl.load(visible.key_ids + columns, mask=columns < visible.S, other=-1)
-        seen = seen & (tl.expand_dims(intervals.ids, row) == tl.expand_dims(ids, 1 - row))
-    if c.MASK:
-        queries = intervals.m0 + tl.arange(0, c.BM)
-        offset = tl.expand_dims(queries, row).to(tl.int64) * (visible.S if c.MASK_S else 1) * c.MASK_T
-        inside = (tl.expand_dims(queries, row) < visible.T) & (column < visible.S)
-        seen = seen & (tl.load(visible.mask + offset + column * c.MASK_S, mask=inside, other=0) != 0)
-    return seen
 
 
 @triton.jit
@@ -394,7 +271,7 @@ def weights(rows, K, n0, keys, EDGE: tl.constexpr, c: tl.constexpr):
 
 @triton.jit
 def with_row(products, a0, c: tl.constexpr):
-    """a_ij, of a product and its row's number. EXACT: 1 is added last, when what is large is gone."""
+    """a_ij, from a product and its row's number. EXACT: 1 is added last, after the large parts have cancelled."""
     a = products + a0
     if c.EXACT:
         a += 1.0
@@ -406,7 +283,7 @@ def key_scale(keys, c: tl.constexpr):
     """The variance of a key's feature: the scale that a ridge is small or large against.
 
     From the last tile of keys that every query of the tile sees, so that no query's arithmetic depends on keys hidden
-    from it; huge (the careful side, and cheap: few keys are seen) where there is none.
+    from it. Without such a tile it is huge: that errs on the careful side, and is cheap, since few keys are seen.
     """
     n0 = key_tile(keys, tl.maximum(keys.tiles.wholes - 1, 0), False, c)
     K = load_tile(keys.k, n0, keys.visible.S, c.KV_HEADS * c.D, c.D, c.BN, c.DP, True, c.UPCAST).to(tl.float32)
@@ -429,13 +306,13 @@ def is_hard(lam, omega, scale2, c: tl.constexpr):
 
 @triton.jit
 def some(rows):
-    """Whether it is so for some row of the tile."""
+    """Whether it is true for some row of the tile."""
     return tl.max(rows.to(tl.int32), 0) > 0
 
 
 @triton.jit
 def rounded_unless(hard, t, dtype: tl.constexpr, c: tl.constexpr):
-    """Weights whose rows are not hard as one half keeps them: a row's bits must not depend on the rows beside it."""
+    """Weights, rounded to one half in rows that are not hard: a row's bits must not depend on the rows beside it."""
     if c.SPLIT_BELOW < float("inf"):
         t = tl.where(hard[:, None], t, t.to(dtype).to(tl.float32))
     return t
@@ -443,7 +320,7 @@ def rounded_unless(hard, t, dtype: tl.constexpr, c: tl.constexpr):
 
 @triton.jit
 def as_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """x rounded to what a product of this dtype and precision keeps of it."""
+    """x rounded as a product of this dtype and precision rounds its operands."""
     if dtype == tl.float32:
         if PRECISION == "tf32":  # 10 bits of mantissa, to the nearest
             x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -8192).to(tl.float32, bitcast=True)
@@ -463,7 +340,7 @@ def rounded_product(t, K, acc, sums, SPLIT: tl.constexpr, PRECISION: tl.constexp
     """
     ones = tl.full((K.shape[0], 16), 1.0, K.dtype)
     if SPLIT:
-        if K.dtype == tl.bfloat16:  # cut, not rounded: one integer operation, and lo carries what is left
+        if K.dtype == tl.bfloat16:  # cut, not rounded: one integer operation, and lo carries the remainder
             high = (t.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
         else:
             high = t.to(K.dtype).to(tl.float32)

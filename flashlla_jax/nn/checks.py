@@ -1,4 +1,4 @@
-"""What the NNX and the Linen module refuse: arguments that neither can serve, named in the error."""
+"""Refuses arguments that neither the NNX nor the Linen module can serve. The error names them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flashlla_jax.arguments import check_count, check_flag, check_implementation
 
 
 def check_operator(cg_max_iters: Any, implementation: Any) -> None:
-    """Settings that ``lla_attention`` refuses in every call."""
+    """Refuse settings that every call of ``lla_attention`` would refuse."""
     if cg_max_iters is not None:
         check_count("cg_max_iters", cg_max_iters)
     check_implementation(implementation)
@@ -58,20 +58,31 @@ def check_sow_weights(sow_weights: bool) -> None:
         )
 
 
-def check_no_cache(**given: Any) -> None:
+def hiding(segment_ids: Any, query_seq_lengths: Any, key_value_seq_lengths: Any, decode: bool) -> dict[str, Any]:
+    """The arguments that hide keys, by name; without meaning for a cache.
+
+    The tokens of a cache continue one document, and nothing of it is missing.
+    """
+    given = {
+        "segment_ids": segment_ids,
+        "query_seq_lengths": query_seq_lengths,
+        "key_value_seq_lengths": key_value_seq_lengths,
+    }
     for name, x in given.items():
-        if x is not None:
-            raise ValueError(f"{name} is for calls with a cache; without one use mask")
-
-
-def check_hiding_with_cache(**hiding: Any) -> None:
-    """Refuse arguments without meaning for a cache: its tokens continue one document, and nothing of it is missing."""
-    for name, given in hiding.items():
-        if given is not None:
+        if decode and x is not None:
             raise NotImplementedError(
                 f"decode=True takes no {name}: the tokens continue what is in the cache. "
-                "Hide the cache's positions by mask, and give each document a batch entry of its own"
+                "Hide the cache's positions by mask, and give each document its own batch entry"
             )
+    return given
+
+
+def rows_of_cache(decode_starts: Any, decode_lengths: Any, decode: bool) -> dict[str, Any]:
+    """Where the rows of a cache begin and end, as ``decoding.decode`` takes it; without meaning if there is none."""
+    for name, x in {"decode_starts": decode_starts, "decode_lengths": decode_lengths}.items():
+        if not decode and x is not None:
+            raise ValueError(f"{name} is for calls with a cache; without one use mask")
+    return {"starts": decode_starts, "lengths": decode_lengths}
 
 
 def check_positions(positions: Any, rope: float | None) -> None:
@@ -100,7 +111,7 @@ def check_ridge(ridge_lambda: Any, ridge_floor: float | None) -> float:
     if not ridge > (ridge_floor or 0):
         raise ValueError(f"ridge_lambda must be > {ridge_floor or 0:g}, got {ridge!r}")
     if ridge_floor is not None and ridge == math.inf:
-        raise ValueError("ridge_lambda must be finite where it is learned, got inf")
+        raise ValueError("ridge_lambda must be finite if it is learned, got inf")
     return ridge
 
 

@@ -63,7 +63,7 @@ def decode(
     starts: Any = None,
     lengths: Any = None,
 ) -> tuple[Float[Array, "*batch T N D"], Cache]:
-    """Append T tokens to the cache and attend from them. Gives what a causal forward pass gives at their positions.
+    """Append T tokens to the cache and attend from them, as a causal forward pass does at their positions.
 
     Few tokens take ``lla_decode``, to which ``cg_*`` do not apply; more, or ``lengths``, take ``lla_attention``. With a
     probe these are ``parallax_decode`` and ``parallax_attention``.
@@ -91,7 +91,7 @@ def decode(
         ValueError: The tokens overrun the cache, or do not fit it in shape; or the module is not causal.
     """
     if not is_causal:
-        raise ValueError("decode=True needs is_causal=True: a token cannot see what is not in the cache yet")
+        raise ValueError("decode=True needs is_causal=True: a token cannot see keys that are not in the cache yet")
     query, probe, key, value = promoted(settings, query, probe, key, value)
     _check_tokens(query, key, value, cache)
     length, capacity = query.shape[-3], cache.key.shape[-3]

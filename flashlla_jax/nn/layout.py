@@ -41,13 +41,13 @@ def _visible(mask: Any) -> Array:
         raise TypeError(f"mask must be an array, got {type(mask).__name__}")
     mask = jnp.asarray(mask)
     if not any(jnp.issubdtype(mask.dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)):
-        raise TypeError(f"mask must be boolean, or numbers of which nonzero means visible, got dtype {mask.dtype}")
+        raise TypeError(f"mask must be boolean, or numbers, nonzero where a key is visible, got dtype {mask.dtype}")
     # a mask that is added to logits, taken for a boolean one, would show the keys that it hides
     known = mask.dtype != jnp.bool_ and not isinstance(mask, Tracer) and mask.is_fully_addressable
     if known and bool((mask < 0).any()):
         raise ValueError(
-            "mask must be boolean, or numbers of which nonzero means visible, got negative numbers. For a mask that is "
-            "added to the logits, with 0 where a key is visible, pass mask == 0"
+            "mask must be boolean, or numbers, nonzero where a key is visible, got negative numbers. "
+            "For a mask that is added to the logits, with 0 where a key is visible, pass mask == 0"
         )
     return mask.astype(bool)
 

@@ -14,7 +14,7 @@ from flashlla_jax.nn import checks, core, decoding
 
 
 class _Attention(nn.MultiHeadDotProductAttention):
-    """What the modules of this file have in common: all but their own attributes and what they are computed with."""
+    """The common part of the modules of this file: all but their own attributes and their function."""
 
     if TYPE_CHECKING:  # the subclasses' attributes, which have an order of their own
         num_kv_heads: int | None = None
@@ -28,12 +28,12 @@ class _Attention(nn.MultiHeadDotProductAttention):
         """The settings that no other method has."""
         return {}
 
-    def _of_method(self, inputs_q: Array, heads: Any, head_dim: int) -> dict[str, Any]:
-        """``{"ridge_lambda": ...}`` or ``{"probe": ...}``; ``heads`` makes a projection into heads."""
+    def _of_method(self, inputs_q: Array) -> dict[str, Any]:
+        """``{"ridge_lambda": ...}`` or ``{"probe": ...}``, of these inputs."""
         raise NotImplementedError
 
     def _sower(self) -> core.Sow | None:
-        """What a call hands its solves' residuals to, if anything."""
+        """The function that a call hands its solves' residuals to, or None."""
         return None
 
     @nn.compact
@@ -81,21 +81,35 @@ class _Attention(nn.MultiHeadDotProductAttention):
             TypeError: An array has the wrong type or dtype, the ridge is not a number, or the window is not ints.
             NotImplementedError: The module cannot serve an argument.
         """
+        self._check(sow_weights)
+        inputs_k = _one_of(inputs_k, inputs_v, inputs_kv)
+        inputs_k, inputs_v = core.keys_and_values(inputs_q, inputs_k, inputs_v)
+        settings = self._settings(inputs_q)
+        query, key, value = self._projected(inputs_q, inputs_k, inputs_v)
+        arguments = self._of_method(inputs_q)
+        arguments |= {"is_causal": self.is_causal, "mask": mask, "positions": input_positions}
+        hiding = checks.hiding(segment_ids, query_seq_lengths, key_value_seq_lengths, self.decode)
+        # init makes the cache, as long as its inputs, and attends without it
+        has_cache = self.has_variable("cache", "cached_key")
+        variables = self._cache(key, value) if self.decode else ()
+        rows = checks.rows_of_cache(decode_starts, decode_lengths, self.decode and has_cache)
+        if self.decode and has_cache:
+            cache = decoding.Cache(*(variable.value for variable in variables))
+            o, cache = decoding.decode(settings, query, key, value, cache, **arguments, **rows)
+            for variable, x in zip(variables, cache, strict=True):
+                variable.value = x
+        else:
+            o = core.forward(settings, query, key, value, **arguments, **hiding, sow=self._sower())
+        return self._out(o, inputs_q.shape[-1])
+
+    def _check(self, sow_weights: bool) -> None:
         checks.check_dropout(self.dropout_rate)
         checks.check_attention_fn(self.attention_fn)
         checks.check_flags(is_causal=self.is_causal)
         checks.check_sow_weights(sow_weights)
         checks.check_einsums(self.qk_attn_weights_einsum_cls, self.attn_weights_value_einsum_cls)
-        if inputs_kv is not None:
-            if inputs_k is not None or inputs_v is not None:
-                raise ValueError("inputs_kv is inputs_k under its old name: give one of them, and no inputs_v with it")
-            inputs_k = inputs_kv
-        inputs_k, inputs_v = core.keys_and_values(inputs_q, inputs_k, inputs_v)
 
-        kv_heads = checks.check_heads(self.num_heads, self.num_kv_heads)
-        features = self.qkv_features or inputs_q.shape[-1]
-        if features % self.num_heads:
-            raise ValueError(f"num_heads must divide qkv_features, got {self.num_heads} for {features}")
+    def _settings(self, inputs_q: Array) -> core.Settings:
         settings = core.Settings(
             dtype=self.dtype,
             rope=self.rope,
@@ -105,57 +119,48 @@ class _Attention(nn.MultiHeadDotProductAttention):
             local_window_size=checks.check_local_window_size(self.local_window_size),
             **self._solver(),
         )
-        settings.check(features // self.num_heads)
+        settings.check(self._head_dim(inputs_q))
+        return settings
 
-        project = partial(
-            nn.DenseGeneral,
+    def _head_dim(self, inputs_q: Array) -> int:
+        features = self.qkv_features or inputs_q.shape[-1]
+        if features % self.num_heads:
+            raise ValueError(f"num_heads must divide qkv_features, got {self.num_heads} for {features}")
+        return features // self.num_heads
+
+    def _project(self, *features: Any, **options: Any) -> nn.DenseGeneral:
+        """A projection with this module's dtypes."""
+        return nn.DenseGeneral(
+            *features,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             use_bias=self.use_bias,
             precision=self.precision,
+            **options,
         )
-        heads = partial(
-            project,
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
-            dot_general=self.qkv_dot_general,
-            dot_general_cls=self.qkv_dot_general_cls,
-        )
-        head_dim = features // self.num_heads
-        query = heads((self.num_heads, head_dim), name="query")(inputs_q)
-        key = heads((kv_heads, head_dim), name="key")(inputs_k)
-        value = heads((kv_heads, head_dim), name="value")(inputs_v)
+
+    def _into_heads(self, name: str, heads: int, head_dim: int, **options: Any) -> nn.DenseGeneral:
+        """A projection into heads."""
+        options = {"kernel_init": self.kernel_init, "bias_init": self.bias_init} | options
+        dot = {"dot_general": self.qkv_dot_general, "dot_general_cls": self.qkv_dot_general_cls}
+        return self._project((heads, head_dim), name=name, **options, **dot)
+
+    def _projected(self, inputs_q: Array, inputs_k: Array, inputs_v: Array) -> tuple[Array, Array, Array]:
+        """Query, key and value of these inputs."""
+        head_dim = self._head_dim(inputs_q)
+        kv_heads = checks.check_heads(self.num_heads, self.num_kv_heads)
+        query = self._into_heads("query", self.num_heads, head_dim)(inputs_q)
+        key = self._into_heads("key", kv_heads, head_dim)(inputs_k)
+        value = self._into_heads("value", kv_heads, head_dim)(inputs_v)
         if self.normalize_qk:
             norm = partial(nn.LayerNorm, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
             query, key = norm(name="query_ln")(query), norm(name="key_ln")(key)
+        return query, key, value
 
-        arguments: dict[str, Any] = {
-            **self._of_method(inputs_q, heads, head_dim),
-            "is_causal": self.is_causal,
-            "mask": mask,
-            "positions": input_positions,
-        }
-        hiding = {
-            "segment_ids": segment_ids,
-            "query_seq_lengths": query_seq_lengths,
-            "key_value_seq_lengths": key_value_seq_lengths,
-        }
-        if self.decode:
-            checks.check_hiding_with_cache(**hiding)
-        # init makes the cache, as long as its inputs, and attends without it
-        has_cache = self.has_variable("cache", "cached_key")
-        variables = self._cache(key, value) if self.decode else ()
-        if self.decode and has_cache:
-            cache = decoding.Cache(*(variable.value for variable in variables))
-            arguments |= {"starts": decode_starts, "lengths": decode_lengths}
-            o, cache = decoding.decode(settings, query, key, value, cache, **arguments)
-            for variable, x in zip(variables, cache, strict=True):
-                variable.value = x
-        else:
-            checks.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
-            o = core.forward(settings, query, key, value, **arguments, **hiding, sow=self._sower())
-        return project(
-            self.out_features or inputs_q.shape[-1],
+    def _out(self, o: Array, features: int) -> Array:
+        """The output of the heads, projected."""
+        return self._project(
+            self.out_features or features,
             axis=(-2, -1),
             kernel_init=self.out_kernel_init or self.kernel_init,
             bias_init=self.out_bias_init or self.bias_init,
@@ -172,6 +177,15 @@ class _Attention(nn.MultiHeadDotProductAttention):
         )
 
 
+def _one_of(inputs_k: Any, inputs_v: Any, inputs_kv: Any) -> Any:
+    """The inputs of the keys, under their name or Flax's old one."""
+    if inputs_kv is None:
+        return inputs_k
+    if inputs_k is not None or inputs_v is not None:
+        raise ValueError("inputs_kv is inputs_k under its old name: give one of them, and no inputs_v with it")
+    return inputs_kv
+
+
 class LLAttention(_Attention):
     """Local Linear Attention with the parameters, the arguments and the cache of ``nn.MultiHeadDotProductAttention``.
 
@@ -179,21 +193,21 @@ class LLAttention(_Attention):
     of :class:`flashlla_jax.LLAttention`; the parameters of either module fit the other. Attention is causal unless
     ``is_causal=False``. ``dropout_rate``, ``attention_fn`` and the two einsum classes cannot be served and must be left
     as they are; the softmax weights of 16-bit inputs are float32 whatever ``force_fp32_for_softmax`` says.
-    Encoder-decoder cross-attention needs ``is_causal=False``: by default, where ``inputs_k`` is longer than
+    Encoder-decoder cross-attention needs ``is_causal=False``: by default, if ``inputs_k`` is longer than
     ``inputs_q``, the last query is aligned with the last key.
 
     With ``decode=True`` the ``cache`` collection is made by ``init`` from inputs as long as the cache is to be, as in
     Flax. A call with ``mutable=["cache"]`` then takes any number of tokens; overrunning the cache is a ValueError, or
-    NaN where the cache is traced.
+    NaN if the cache is traced.
 
     Attributes:
         num_kv_heads: Key/value heads, dividing ``num_heads``; None for ``num_heads``.
         is_causal: Whether a query sees only the keys up to its own position, aligned at the end.
         local_window_size: As in :class:`flashlla_jax.LLAttention`; None for no window.
-        ridge_lambda: The ridge, a number > 0; the initial value where it is learned.
+        ridge_lambda: The ridge, a number > 0; the initial value if it is learned.
         learn_ridge: Whether every head learns its ridge, ``ridge_floor + softplus(raw_ridge)``; the parameter
             ``raw_ridge``, ``(num_heads,)``, should be left out of weight decay.
-        ridge_floor: What a learned ridge stays above, > 0 and < ``ridge_lambda``.
+        ridge_floor: The lower bound of a learned ridge, > 0 and < ``ridge_lambda``.
         rope: Base of a rotary position embedding of queries and keys, applied after ``normalize_qk``; None for none.
         qk_scale: As in :func:`flashlla_jax.lla_attention`, and so are the following.
         cg_atol: See :func:`flashlla_jax.lla_attention`.
@@ -228,7 +242,7 @@ class LLAttention(_Attention):
         names = ("cg_atol", "cg_rtol", "cg_max_iters", "cg_use_preconditioner")
         return {name: getattr(self, name) for name in names}
 
-    def _of_method(self, inputs_q: Array, heads: Any, head_dim: int) -> dict[str, Any]:
+    def _of_method(self, inputs_q: Array) -> dict[str, Any]:
         return {"ridge_lambda": self._ridge()}
 
     def _sower(self) -> core.Sow | None:
@@ -249,7 +263,7 @@ class ParallaxAttention(_Attention):
     which starts at 0, so that a new layer is softmax attention exactly. All else is as in :class:`LLAttention`.
 
     Attributes:
-        num_kv_heads: As in :class:`LLAttention`, and so are the following but for the last two.
+        num_kv_heads: As in :class:`LLAttention`, and so are the following, except the last two.
         is_causal: See :class:`LLAttention`.
         local_window_size: See :class:`LLAttention`.
         rope: See :class:`LLAttention`; the probe is rotated as the queries are.
@@ -268,7 +282,7 @@ class ParallaxAttention(_Attention):
     probe_kernel_init: Any = nn.initializers.zeros_init()
     implementation: Implementation | None = None
 
-    def _of_method(self, inputs_q: Array, heads: Any, head_dim: int) -> dict[str, Any]:
-        zeros = nn.initializers.zeros_init()
-        probe = heads((self.num_heads, head_dim), kernel_init=self.probe_kernel_init, bias_init=zeros, name="probe")
+    def _of_method(self, inputs_q: Array) -> dict[str, Any]:
+        inits = {"kernel_init": self.probe_kernel_init, "bias_init": nn.initializers.zeros_init()}
+        probe = self._into_heads("probe", self.num_heads, self._head_dim(inputs_q), **inits)
         return {"probe": probe(inputs_q)}

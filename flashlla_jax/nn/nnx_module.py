@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.module import first_from
-from flax.nnx.nn.dtypes import promote_dtype
-from flax.nnx.nn.linear import default_kernel_init
-from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
+from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from flashlla_jax.attention import Implementation, lla_attention
 from flashlla_jax.nn import checks, core, decoding
+from flashlla_jax.nn.nnx_options import FlaxOptions
 
 
 class CachedAttention(nnx.MultiHeadAttention):
     """The common part of this package's modules: the call, with a cache and without.
 
-    A method's module makes ``settings`` and ``is_causal``, and says what else its function takes.
+    A method's module makes ``settings`` and ``is_causal``, and gives its function's own argument.
     """
 
     is_causal: bool
@@ -33,7 +31,7 @@ class CachedAttention(nnx.MultiHeadAttention):
         raise NotImplementedError
 
     def sower(self) -> core.Sow | None:
-        """What a call hands its solves' residuals to, if anything."""
+        """The function that a call hands its solves' residuals to, or None."""
         return None
 
     def init_cache(self, input_shape: Sequence[int], dtype: Dtype = jnp.float32) -> None:
@@ -81,15 +79,13 @@ class CachedAttention(nnx.MultiHeadAttention):
             inputs_q: Any number of batch axes, none included.
             inputs_k: Inputs of the keys; None for ``inputs_q``.
             inputs_v: Inputs of the values; None for ``inputs_k``.
-            mask: Which keys a query may see, on top of ``is_causal``: broadcastable to ``[batch..., num_heads, T, S]``,
-                boolean, or numbers as Flax's mask makers give them: nonzero means visible, negative is an error. With
-                a cache S is its capacity. A query that sees no key gets attention output zero.
+            mask: True or nonzero where a key is visible; broadcastable to ``[batch..., num_heads, T, S]``. Negative is
+                an error. With a cache S is its capacity. A query that sees no key gets attention output zero.
             deterministic: Without effect, as in Flax without dropout.
             rngs: Without effect, as in Flax without dropout.
             sow_weights: Must be False: see the constructor's ``sow_residuals``.
-            decode: Whether to append to the cache and attend to it; None for the constructor's, and one of the two must
-                be given, as in Flax. Any number of tokens, at the next positions. The result is that of a
-                causal call over the whole sequence.
+            decode: Whether to append to the cache and attend to it, any number of tokens at the next positions; None
+                for the constructor's. One of the two must be given, as in Flax.
             is_causal: None for the constructor's.
             out_sharding: Sharding of the output, passed to ``out``.
             qkv_sharding: Sharding of queries, keys and values, passed to their projections.
@@ -100,17 +96,14 @@ class CachedAttention(nnx.MultiHeadAttention):
                 the lengths.
             query_seq_lengths: ``[batch...]``, integers: the queries beyond are padding and get attention output zero.
             key_value_seq_lengths: ``[batch...]``, integers: the keys beyond are padding, which no query sees.
-            decode_starts: With ``decode``: for prompts that are padded on the left, the first position of each row;
-                positions before it are hidden. Give it with every call, with the tokens after the prompt too.
-                Positions for ``rope`` need no change: only their differences matter.
+            decode_starts: With ``decode``: for prompts that are padded on the left, the first position of each row.
+                Give it with every call. ``rope`` needs no change: only differences of positions matter.
             decode_lengths: With ``decode``: for prompts that are padded on the right, how many of the T tokens each
-                row has. The others are not written, and their attention output is zero. From then on ``cache_index``
-                is an array ``[batch...]``, every row's own, and tokens given without ``decode_lengths`` follow each
-                row's last.
+                row has. The others are not written. From then on ``cache_index`` is an array ``[batch...]``, and tokens
+                given without ``decode_lengths`` follow each row's last.
 
         Returns:
-            The output. NaN where tokens overrun the cache, or ``cache_index`` is negative, under ``jit``, which cannot
-            raise.
+            The output. NaN if tokens overrun the cache, or ``cache_index`` is negative, under ``jit``.
 
         Raises:
             ValueError: A shape does not fit; ``decode`` is given nowhere, its cache is missing or overrun, or it meets
@@ -121,50 +114,48 @@ class CachedAttention(nnx.MultiHeadAttention):
         """
         checks.check_dropout(self.dropout_rate)  # which set_attributes may have changed
         checks.check_sow_weights(sow_weights)
+        decode = self._decodes(decode)
+        hiding = checks.hiding(segment_ids, query_seq_lengths, key_value_seq_lengths, decode)
+        rows = checks.rows_of_cache(decode_starts, decode_lengths, decode)
+        query, key, value = self._projected(inputs_q, inputs_k, inputs_v, qkv_sharding)
+        arguments = self.of_method(inputs_q, qkv_sharding) | {"mask": mask, "positions": input_positions}
+        arguments["is_causal"] = self.is_causal if is_causal is None else is_causal
+        if decode:
+            o = self._with_cache(query, key, value, **arguments, **rows)
+        else:
+            o = core.forward(self.settings, query, key, value, **arguments, **hiding, sow=self.sower())
+        return self.out(o, out_sharding=out_sharding)
+
+    def _decodes(self, decode: bool | None) -> bool:
+        missing = f"decode must be given, True or False, to {type(self).__name__} or to its call"
+        return first_from(decode, self.decode, error_msg=missing)
+
+    def _projected(
+        self, inputs_q: Array, inputs_k: Array | None, inputs_v: Array | None, sharding: Any
+    ) -> tuple[Array, Array, Array]:
+        """Query, key and value of these inputs."""
         inputs_k, inputs_v = core.keys_and_values(inputs_q, inputs_k, inputs_v)
         inputs = {"inputs_q": inputs_q, "inputs_k": inputs_k, "inputs_v": inputs_v}
-        for (name, x), features in zip(
-            inputs.items(), (self.in_features, self.in_kv_features, self.in_kv_features), strict=True
-        ):
+        sizes = (self.in_features, self.in_kv_features, self.in_kv_features)
+        for (name, x), features in zip(inputs.items(), sizes, strict=True):
             if x.shape[-1] != features:
                 raise ValueError(f"{name} must have {features} features, got shape {x.shape}")
-        decode = first_from(
-            decode,
-            self.decode,
-            error_msg=f"decode must be given, True or False, to {type(self).__name__} or to its call",
-        )
-        hiding = {
-            "segment_ids": segment_ids,
-            "query_seq_lengths": query_seq_lengths,
-            "key_value_seq_lengths": key_value_seq_lengths,
-        }
-        if decode:
-            checks.check_hiding_with_cache(**hiding)
-
-        query = self.query(inputs_q, out_sharding=qkv_sharding)
-        key = self.key(inputs_k, out_sharding=qkv_sharding)
-        value = self.value(inputs_v, out_sharding=qkv_sharding)
+        query = self.query(inputs_q, out_sharding=sharding)
+        key = self.key(inputs_k, out_sharding=sharding)
+        value = self.value(inputs_v, out_sharding=sharding)
         if self.query_ln is not None and self.key_ln is not None:
             query, key = self.query_ln(query), self.key_ln(key)
+        return query, key, value
 
-        arguments: dict[str, Any] = {
-            **self.of_method(inputs_q, qkv_sharding),
-            "is_causal": self.is_causal if is_causal is None else is_causal,
-            "mask": mask,
-            "positions": input_positions,
-        }
-        if not decode:
-            checks.check_no_cache(decode_starts=decode_starts, decode_lengths=decode_lengths)
-            o = core.forward(self.settings, query, key, value, **arguments, **hiding, sow=self.sower())
-        else:
-            if self.cached_key is None or self.cached_value is None or self.cache_index is None:
-                raise ValueError("decode=True needs a cache: call init_cache first")
-            cache = decoding.Cache(self.cached_key[...], self.cached_value[...], self.cache_index[...])
-            arguments |= {"starts": decode_starts, "lengths": decode_lengths}
-            o, cache = decoding.decode(self.settings, query, key, value, cache, **arguments)
-            for variable, x in zip((self.cached_key, self.cached_value, self.cache_index), cache, strict=True):
-                variable.set_value(x)  # the sharding may be new, and the shape of the index
-        return self.out(o, out_sharding=out_sharding)
+    def _with_cache(self, query: Array, key: Array, value: Array, **arguments: Any) -> Array:
+        """Append to the cache, and attend to it."""
+        if self.cached_key is None or self.cached_value is None or self.cache_index is None:
+            raise ValueError("decode=True needs a cache: call init_cache first")
+        cache = decoding.Cache(self.cached_key[...], self.cached_value[...], self.cache_index[...])
+        o, cache = decoding.decode(self.settings, query, key, value, cache, **arguments)
+        for variable, x in zip((self.cached_key, self.cached_value, self.cache_index), cache, strict=True):
+            variable.set_value(x)  # the sharding may be new, and the shape of the index
+        return o
 
 
 class LLAttention(CachedAttention):
@@ -184,6 +175,45 @@ class LLAttention(CachedAttention):
         layer.init_cache((batch, capacity, 512))
         out = layer(prompt, decode=True)  # any number of tokens, then
         out = layer(token, decode=True)  # one at a time
+
+    Args:
+        num_heads: Query heads; divides ``qkv_features``.
+        in_features: Features of ``inputs_q``.
+        qkv_features: Features of queries over all heads; None for ``in_features``.
+        out_features: Features of the output; None for ``in_features``.
+        num_kv_heads: Key/value heads, dividing ``num_heads``; None for ``num_heads``.
+        in_kv_features: Features of ``inputs_k`` and ``inputs_v``; None for ``in_features``.
+        rngs: Keys for the initialisers.
+        attention_fn: Must be None: the module is its attention function.
+        is_causal: Whether a query sees only the keys up to its own position. With more keys than queries the two
+            are aligned at the end; more queries than keys need False.
+        local_window_size: ``(left, right)``, ints >= 0: a query at position i sees keys at positions from
+            ``i - left`` to ``i + right``, with a cache too. An int w is ``(w, w)``; None for no window.
+        ridge_lambda: The ridge, a number > 0, in units of the squared key; the initial value if it is learned.
+        learn_ridge: Whether every head learns its ridge, ``ridge_floor + softplus(raw_ridge)``.
+        ridge_floor: The lower bound of a learned ridge, > 0 and < ``ridge_lambda``. 0.01 is the smallest ridge for
+            which the solves were measured.
+        rope: Base of a rotary position embedding (10000.0, usually) of queries and keys, applied after
+            ``normalize_qk``; None for none. It turns feature i together with feature i + head_dim / 2 (the
+            half-split convention, as in ``flax.nnx.RoPE``).
+        qk_scale: As in :func:`flashlla_jax.lla_attention`, and so are the following.
+        cg_atol: See :func:`flashlla_jax.lla_attention`.
+        cg_rtol: See :func:`flashlla_jax.lla_attention`.
+        cg_max_iters: See :func:`flashlla_jax.lla_attention`.
+        cg_use_preconditioner: See :func:`flashlla_jax.lla_attention`.
+        implementation: See :func:`flashlla_jax.lla_attention`; with a cache also of
+            :func:`flashlla_jax.lla_decode`.
+        sow_residuals: Whether a call sows its :class:`flashlla_jax.Residuals`, arrays ``[batch..., T, num_heads]``,
+            as the ``nnx.Intermediate`` ``residuals``, which ``nnx.capture`` collects. They are of the forward pass.
+            ``model.set_attributes(sow_residuals=True)`` switches it on in a whole model. Calls with a cache sow
+            nothing: a decode step is exact and takes no iterations.
+        flax: The other arguments of ``flax.nnx.MultiHeadAttention``, with its defaults: ``FlaxOptions`` of
+            ``nn/nnx_options.py`` lists them. ``dropout_rate`` must be 0.
+
+    Raises:
+        TypeError: ``ridge_lambda`` is not a number, ``local_window_size`` not ints, or Flax does not know an argument.
+        ValueError: A number is out of range, or the heads do not divide the features.
+        NotImplementedError: ``dropout_rate`` or ``attention_fn`` is given.
 
     Attributes:
         query: Projection of ``inputs_q``, kernel ``(in_features, num_heads, head_dim)``.
@@ -210,35 +240,8 @@ class LLAttention(CachedAttention):
         num_kv_heads: int | None = None,
         in_kv_features: int | None = None,
         *,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        broadcast_dropout: bool = True,
-        dropout_rate: float = 0.0,
-        deterministic: bool | None = None,
-        precision: PrecisionLike = None,
-        kernel_init: Initializer = default_kernel_init,
-        out_kernel_init: Initializer | None = None,
-        bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008 (Flax's own default, a pure function)
-        out_bias_init: Initializer | None = None,
-        use_bias: bool = True,
-        attention_fn: None = None,
-        decode: bool | None = None,
-        normalize_qk: bool = False,
-        qkv_promote_dtype: PromoteDtypeFn = promote_dtype,
-        out_promote_dtype: PromoteDtypeFn = promote_dtype,
-        ln_promote_dtype: PromoteDtypeFn = promote_dtype,
-        qkv_dot_general: Any = None,
-        out_dot_general: Any = None,
-        qkv_dot_general_cls: Any = None,
-        out_dot_general_cls: Any = None,
         rngs: nnx.Rngs,
-        keep_rngs: bool = True,
-        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
-        out_kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
-        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
-        out_bias_metadata: Mapping[str, Any] = MappingProxyType({}),
-        query_ln_scale_metadata: Mapping[str, Any] = MappingProxyType({}),
-        key_ln_scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        attention_fn: None = None,
         is_causal: bool = True,
         local_window_size: int | tuple[int, int] | None = None,
         ridge_lambda: float = 10.0,
@@ -252,115 +255,15 @@ class LLAttention(CachedAttention):
         cg_use_preconditioner: bool = False,
         implementation: Implementation | None = None,
         sow_residuals: bool = False,
+        **flax: Unpack[FlaxOptions],
     ):
-        """The arguments of ``flax.nnx.MultiHeadAttention``, in its order, then those of Local Linear Attention.
-
-        Args:
-            num_heads: Query heads; divides ``qkv_features``.
-            in_features: Features of ``inputs_q``.
-            qkv_features: Features of queries over all heads; None for ``in_features``.
-            out_features: Features of the output; None for ``in_features``.
-            num_kv_heads: Key/value heads, dividing ``num_heads``; None for ``num_heads``.
-            in_kv_features: Features of ``inputs_k`` and ``inputs_v``; None for ``in_features``.
-            dtype: Dtype of the computation; None to infer it from inputs and parameters.
-            param_dtype: Dtype of the parameters.
-            broadcast_dropout: Without effect, as in Flax without dropout.
-            dropout_rate: Must be 0.
-            deterministic: Without effect, as in Flax without dropout.
-            precision: Of the projections and of ``lla_attention``.
-            kernel_init: Initialiser of the kernels.
-            out_kernel_init: Initialiser of the output kernel; None for ``kernel_init``.
-            bias_init: Initialiser of the biases.
-            out_bias_init: Initialiser of the output bias; None for ``bias_init``.
-            use_bias: Whether the projections have biases.
-            attention_fn: Must be None: the module is its attention function.
-            decode: Whether calls use the cache; None leaves it to the call.
-            normalize_qk: Whether queries and keys go through a LayerNorm (arXiv 2302.05442).
-            qkv_promote_dtype: Dtype promotion of the query, key and value projections.
-            out_promote_dtype: Dtype promotion of the output projection.
-            ln_promote_dtype: Dtype promotion of the LayerNorms.
-            qkv_dot_general: Passed to the projections; deprecated by Flax, as are the next three.
-            out_dot_general: See ``qkv_dot_general``.
-            qkv_dot_general_cls: See ``qkv_dot_general``.
-            out_dot_general_cls: See ``qkv_dot_general``.
-            rngs: Keys for the initialisers.
-            keep_rngs: Without effect, as in Flax without dropout.
-            kernel_metadata: Metadata (sharding, for one) of the kernels.
-            out_kernel_metadata: Metadata of the output kernel; empty for ``kernel_metadata``.
-            bias_metadata: Metadata of the biases.
-            out_bias_metadata: Metadata of the output bias; empty for ``bias_metadata``.
-            query_ln_scale_metadata: Metadata of the scale of ``query_ln``.
-            key_ln_scale_metadata: Metadata of the scale of ``key_ln``.
-            is_causal: Whether a query sees only the keys up to its own position. With more keys than queries the two
-                are aligned at the end; more queries than keys need False.
-            local_window_size: ``(left, right)``, ints >= 0: a query at position i sees keys at positions from
-                ``i - left`` to ``i + right``, with a cache too. An int w is ``(w, w)``; None for no window.
-            ridge_lambda: The ridge, a number > 0, in units of the squared key; the initial value where it is learned.
-            learn_ridge: Whether every head learns its ridge, ``ridge_floor + softplus(raw_ridge)``.
-            ridge_floor: The lower bound of a learned ridge, > 0 and < ``ridge_lambda``. 0.01 is the smallest ridge for
-                which the solves were measured.
-            rope: Base of a rotary position embedding (10000.0, usually) of queries and keys, applied after
-                ``normalize_qk``; None for none. It turns feature i together with feature i + head_dim / 2 (the
-                half-split convention, as in ``flax.nnx.RoPE``).
-            qk_scale: As in :func:`flashlla_jax.lla_attention`, and so are the following.
-            cg_atol: See :func:`flashlla_jax.lla_attention`.
-            cg_rtol: See :func:`flashlla_jax.lla_attention`.
-            cg_max_iters: See :func:`flashlla_jax.lla_attention`.
-            cg_use_preconditioner: See :func:`flashlla_jax.lla_attention`.
-            implementation: See :func:`flashlla_jax.lla_attention`; with a cache also of
-                :func:`flashlla_jax.lla_decode`.
-            sow_residuals: Whether a call sows its :class:`flashlla_jax.Residuals`, arrays ``[batch..., T, num_heads]``,
-                as the ``nnx.Intermediate`` ``residuals``, which ``nnx.capture`` collects. They are of the forward pass.
-                ``model.set_attributes(sow_residuals=True)`` switches it on in a whole model. Calls with a cache sow
-                nothing: a decode step is exact and takes no iterations.
-
-        Raises:
-            TypeError: ``ridge_lambda`` is not a number, or ``local_window_size`` not ints.
-            ValueError: A number is out of range, or the heads do not divide the features.
-            NotImplementedError: ``dropout_rate`` or ``attention_fn`` is given.
-        """
-        checks.check_dropout(dropout_rate)
+        checks.check_dropout(flax.get("dropout_rate", 0.0))
         checks.check_attention_fn(attention_fn)
         checks.check_flags(is_causal=is_causal, learn_ridge=learn_ridge, sow_residuals=sow_residuals)
         window = checks.check_local_window_size(local_window_size)
         ridge_lambda = checks.check_ridge(ridge_lambda, ridge_floor if learn_ridge else None)
-        super().__init__(
-            num_heads,
-            in_features,
-            qkv_features,
-            out_features,
-            num_kv_heads,
-            in_kv_features,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            broadcast_dropout=broadcast_dropout,
-            dropout_rate=dropout_rate,
-            deterministic=deterministic,
-            precision=precision,
-            kernel_init=kernel_init,
-            out_kernel_init=out_kernel_init,
-            bias_init=bias_init,
-            out_bias_init=out_bias_init,
-            use_bias=use_bias,
-            attention_fn=lla_attention,
-            decode=decode,
-            normalize_qk=normalize_qk,
-            qkv_promote_dtype=qkv_promote_dtype,
-            out_promote_dtype=out_promote_dtype,
-            ln_promote_dtype=ln_promote_dtype,
-            qkv_dot_general=qkv_dot_general,
-            out_dot_general=out_dot_general,
-            qkv_dot_general_cls=qkv_dot_general_cls,
-            out_dot_general_cls=out_dot_general_cls,
-            rngs=rngs,
-            keep_rngs=keep_rngs,
-            kernel_metadata=kernel_metadata,
-            out_kernel_metadata=out_kernel_metadata,
-            bias_metadata=bias_metadata,
-            out_bias_metadata=out_bias_metadata,
-            query_ln_scale_metadata=query_ln_scale_metadata,
-            key_ln_scale_metadata=key_ln_scale_metadata,
-        )
+        sizes = (num_heads, in_features, qkv_features, out_features, num_kv_heads, in_kv_features)
+        super().__init__(*sizes, attention_fn=lla_attention, rngs=rngs, **flax)
         self.is_causal = is_causal
         self.sow_residuals = sow_residuals
         self.ridge_lambda = ridge_lambda
@@ -368,16 +271,16 @@ class LLAttention(CachedAttention):
         self.raw_ridge: nnx.Param[Array] | None = nnx.data(None)
         if learn_ridge:
             initial = core.raw_ridge(ridge_lambda, ridge_floor)
-            self.raw_ridge = nnx.Param(jnp.full((num_heads,), initial, param_dtype))
+            self.raw_ridge = nnx.Param(jnp.full((num_heads,), initial, self.param_dtype))
         self.settings = core.Settings(
-            dtype=dtype,
+            dtype=self.dtype,
             rope=rope,
             qk_scale=qk_scale,
             cg_atol=cg_atol,
             cg_rtol=cg_rtol,
             cg_max_iters=cg_max_iters,
             cg_use_preconditioner=cg_use_preconditioner,
-            precision=precision,
+            precision=self.precision,
             implementation=implementation,
             local_window_size=window,
         )

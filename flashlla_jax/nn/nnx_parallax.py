@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from flax import nnx
 from flax.typing import Initializer
@@ -11,6 +11,7 @@ from jaxtyping import Array
 from flashlla_jax.attention import Implementation
 from flashlla_jax.nn import checks, core
 from flashlla_jax.nn.nnx_module import CachedAttention
+from flashlla_jax.nn.nnx_options import FlaxOptions
 from flashlla_jax.parallax import parallax_attention
 
 
@@ -26,6 +27,30 @@ class ParallaxAttention(CachedAttention):
 
         layer = ParallaxAttention(num_heads=8, in_features=512, decode=False, rngs=nnx.Rngs(0))
         out = layer(x)  # x: [batch..., length, 512]
+
+    Args:
+        num_heads: Query heads; divides ``qkv_features``.
+        in_features: Features of ``inputs_q``.
+        qkv_features: Features of queries over all heads; None for ``in_features``.
+        out_features: Features of the output; None for ``in_features``.
+        num_kv_heads: Key/value heads, dividing ``num_heads``; None for ``num_heads``.
+        in_kv_features: Features of ``inputs_k`` and ``inputs_v``; None for ``in_features``.
+        rngs: Keys for the initialisers.
+        attention_fn: Must be None: the module is its attention function.
+        is_causal: As in :class:`flashlla_jax.LLAttention`, and so are the following.
+        local_window_size: See :class:`flashlla_jax.LLAttention`.
+        rope: See :class:`flashlla_jax.LLAttention`.
+        qk_scale: See :func:`flashlla_jax.parallax_attention`.
+        probe_kernel_init: Initialiser of the probe's kernel; its bias, if there are biases, starts at 0.
+        implementation: See :func:`flashlla_jax.parallax_attention`; with a cache also of
+            :func:`flashlla_jax.parallax_decode`, whose kernel wants the cache in the queries' dtype.
+        flax: The other arguments of ``flax.nnx.MultiHeadAttention``, with its defaults: ``FlaxOptions`` of
+            ``nn/nnx_options.py`` lists them. ``dropout_rate`` must be 0.
+
+    Raises:
+        TypeError: ``local_window_size`` is not ints, or Flax does not know an argument.
+        ValueError: A number is out of range, or the heads do not divide the features.
+        NotImplementedError: ``dropout_rate`` or ``attention_fn`` is given.
 
     Attributes:
         probe: Projection of ``inputs_q``, kernel ``(in_features, num_heads, head_dim)``. With ``rope`` the probe is
@@ -43,41 +68,17 @@ class ParallaxAttention(CachedAttention):
         in_kv_features: int | None = None,
         *,
         rngs: nnx.Rngs,
+        attention_fn: None = None,
         is_causal: bool = True,
         local_window_size: int | tuple[int, int] | None = None,
         rope: float | None = None,
         qk_scale: float | None = None,
         probe_kernel_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008 (a pure function)
         implementation: Implementation | None = None,
-        **flax: Any,
+        **flax: Unpack[FlaxOptions],
     ):
-        """The arguments of ``flax.nnx.MultiHeadAttention``, then those of Parallax.
-
-        Args:
-            num_heads: Query heads; divides ``qkv_features``.
-            in_features: Features of ``inputs_q``.
-            qkv_features: Features of queries over all heads; None for ``in_features``.
-            out_features: Features of the output; None for ``in_features``.
-            num_kv_heads: Key/value heads, dividing ``num_heads``; None for ``num_heads``.
-            in_kv_features: Features of ``inputs_k`` and ``inputs_v``; None for ``in_features``.
-            rngs: Keys for the initialisers.
-            is_causal: As in :class:`flashlla_jax.LLAttention`, and so are the following.
-            local_window_size: See :class:`flashlla_jax.LLAttention`.
-            rope: See :class:`flashlla_jax.LLAttention`.
-            qk_scale: See :func:`flashlla_jax.parallax_attention`.
-            probe_kernel_init: Initialiser of the probe's kernel; its bias, if there are biases, starts at 0.
-            implementation: See :func:`flashlla_jax.parallax_attention`; with a cache also of
-                :func:`flashlla_jax.parallax_decode`, whose kernel wants the cache in the queries' dtype.
-            flax: The other arguments of ``flax.nnx.MultiHeadAttention``. ``dropout_rate`` and ``attention_fn`` must be
-                left as they are.
-
-        Raises:
-            TypeError: ``local_window_size`` is not ints, or Flax does not know an argument.
-            ValueError: A number is out of range, or the heads do not divide the features.
-            NotImplementedError: ``dropout_rate`` or ``attention_fn`` is given.
-        """
         checks.check_dropout(flax.get("dropout_rate", 0.0))
-        checks.check_attention_fn(flax.pop("attention_fn", None))
+        checks.check_attention_fn(attention_fn)
         checks.check_flags(is_causal=is_causal)
         window = checks.check_local_window_size(local_window_size)
         sizes = (num_heads, in_features, qkv_features, out_features, num_kv_heads, in_kv_features)

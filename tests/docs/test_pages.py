@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -68,18 +70,55 @@ def test_relative_links_exist(page: str) -> None:
     assert not missing, f"{page} links to {missing}"
 
 
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as Markdown's ``toc`` and GitHub make them."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)|`", r"\1", heading) for heading in headings)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_anchors_exist(page: str) -> None:
+    """A link to a part of a page leads to a heading of it."""
+    links = {next(filter(None, groups)) for groups in LINK.findall(FENCE.sub("", text(page)))}
+    parts = [link.partition("#") for link in links if "#" in link and not re.match(r"[a-z][a-z+.-]*:|//", link)]
+    own, folder = ROOT / page, (ROOT / page).parent
+    missing = sorted(f"{file}#{part}" for file, _, part in parts if part not in anchors(folder / file if file else own))
+    assert not missing, f"{page} links to {missing}"
+
+
 def test_every_page_is_in_the_navigation() -> None:
     nav = text("mkdocs.yml").partition("\nnav:")[2]
     assert [page for page in PAGES[1:] if page.removeprefix("docs/") not in nav] == []
 
 
-def test_every_public_name_has_an_example() -> None:
-    """On its API page, in code that ``test_code_runs`` runs."""
-    pages = "".join(text(f"docs/api/{name}.md") for name in ("functions", "modules"))
+def public_objects() -> list[str]:
+    """Each with the module that a user imports it from."""
+    linen = importlib.import_module("flashlla_jax.nn.linen")
+    of_linen = [name for name, x in vars(linen).items() if not name.startswith("_") and is_from(linen, x)]
+    assert len(of_linen) >= 2
+    nn = set(flashlla_jax.nn.__all__) - set(flashlla_jax.__all__)  # the others are in both
+    return [
+        *(f"flashlla_jax.{name}" for name in flashlla_jax.__all__),
+        *(f"flashlla_jax.nn.{name}" for name in sorted(nn)),
+        *(f"flashlla_jax.nn.linen.{name}" for name in of_linen),
+    ]
+
+
+def is_from(module: ModuleType, x: object) -> bool:
+    return getattr(x, "__module__", None) == module.__name__
+
+
+@pytest.mark.parametrize("name", public_objects())
+def test_every_public_name_has_an_example(name: str) -> None:
+    """On its API page: its documentation, and code that imports it and then uses it. ``test_code_runs`` runs it."""
+    pages = "".join(text(f"docs/api/{page}.md") for page in ("functions", "modules"))
     code = "".join(block[2] for block in BLOCK.finditer(pages))
-    names = {*flashlla_jax.__all__, *flashlla_jax.nn.__all__}
-    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", code)] == []
-    assert [name for name in sorted(names) if not re.search(rf"^::: flashlla_jax[\w.]*\.{name}$", pages, re.M)] == []
+    module, _, short = name.rpartition(".")
+    imported = re.search(rf"^from {module} import {short}(?: as (\w+))?$", code, re.MULTILINE)
+    assert imported, f"no code imports {name}"
+    assert re.search(rf"\b{imported[1] or short}\b", code[imported.end() :]), f"no code uses {name}"
+    assert re.search(rf"^::: {name}$", pages, re.MULTILINE), f"{name} is not documented"
 
 
 def test_the_readme_is_short() -> None:

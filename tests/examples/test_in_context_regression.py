@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import Mock
@@ -16,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
+EXAMPLE = "in_context_regression"
 
 for requirement in ("matplotlib", "optax", "orbax.checkpoint", "tqdm"):
     pytest.importorskip(requirement)
@@ -41,11 +42,6 @@ SMALL = [
     "0.003",
     "0.01",
 ]
-
-
-@pytest.fixture(scope="module")
-def example(import_example: Callable[[str], ModuleType]) -> ModuleType:
-    return import_example("in_context_regression")
 
 
 def draw(example: ModuleType, seed: int, *sizes: int) -> list[np.ndarray]:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+EXAMPLE = "stream_regression"
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("statsmodels")
 pytest.importorskip("tqdm")
-
-
-@pytest.fixture(scope="module")
-def example(import_example: Callable[[str], ModuleType]) -> ModuleType:
-    return import_example("stream_regression")
 
 
 @pytest.fixture(autouse=True)

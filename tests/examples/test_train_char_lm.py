@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
+from tests.examples.char_lm import NAMES, config
+
+EXAMPLE = "train_char_lm"
 
 for requirement in ("matplotlib", "optax", "orbax.checkpoint", "tqdm"):
     pytest.importorskip(requirement)
@@ -32,16 +35,6 @@ SMALL = (
     f"--features 16 --layers 1 --heads 2 --context 24 --batch 4 --steps {STEPS} --warmup 5 --learning-rate 0.01 "
     "--eval-every 30 --eval-windows 8 --checkpoint-every 7"
 ).split()
-
-
-@pytest.fixture(scope="module")
-def example(import_example: Callable[[str], ModuleType]) -> ModuleType:
-    return import_example("train_char_lm")
-
-
-@pytest.fixture(scope="module")
-def model(import_example: Callable[[str], ModuleType]) -> ModuleType:
-    return import_example("common.char_lm")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -140,21 +133,6 @@ def test_what_comes_out(finished):
     assert f"layer by layer: {steps[0]}\n" in out
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert not list(output.glob(".*"))  # temporary files
-
-
-def config(example: ModuleType, attention: str, **changes):
-    sizes = {
-        "features": 16,
-        "layers": 1,
-        "heads": 2,
-        "context": 24,
-        "batch": 2,
-        "steps": 9,
-        "warmup": 1,
-        "eval_windows": 4,
-    }
-    given = example.PRESETS["cpu"] | sizes | changes
-    return example.Config(attention, None, seed=0, text="", **given)
 
 
 @pytest.mark.slow
@@ -337,7 +315,6 @@ def instant(example, monkeypatch) -> ModuleType:
     return example
 
 
-NAMES = ("loss", "validation", "seconds", "iterations", "relative_error", "unconverged")
 INSTANT = ["--steps", "4", "--warmup", "1", "--eval-every", "2", "--eval-windows", "2", "--attention", "both"]
 
 

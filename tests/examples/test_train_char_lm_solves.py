@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.examples.test_train_char_lm import NAMES, config
+from tests.examples.char_lm import NAMES, config
+
+EXAMPLE = "train_char_lm"
 
 pytestmark = pytest.mark.usefixtures("as_a_script")
-
-
-@pytest.fixture(scope="module")
-def example(import_example: Callable[[str], ModuleType]) -> ModuleType:
-    return import_example("train_char_lm")
-
-
-@pytest.fixture(scope="module")
-def model(import_example: Callable[[str], ModuleType]) -> ModuleType:
-    return import_example("common.char_lm")
 
 
 @pytest.mark.parametrize("attention", ["lla", "softmax"])

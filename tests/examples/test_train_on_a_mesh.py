@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+
+EXAMPLE = "train_char_lm"
 
 for requirement in ("matplotlib", "optax", "orbax.checkpoint", "tqdm"):
     pytest.importorskip(requirement)
@@ -56,11 +58,6 @@ def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         yield
-
-
-@pytest.fixture(scope="module")
-def example(import_example: Callable[[str], ModuleType]) -> ModuleType:
-    return import_example("train_char_lm")
 
 
 def losses(output: Path) -> np.ndarray:

@@ -14,8 +14,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from flashlla_jax import LLAttention, lla_attention
+from flashlla_jax import LLAttention, ParallaxAttention, lla_attention
 from flashlla_jax.nn.linen import LLAttention as LinenLLAttention
+from flashlla_jax.nn.nnx_options import FlaxOptions
 from flashlla_jax.nn.rope import rotate
 from tests.cases import relative_error
 
@@ -79,13 +80,21 @@ class TestDropIn:
 
     def test_the_arguments_are_the_same(self) -> None:
         """Flax's, in its order and with its defaults, first; the exceptions are documented."""
-        for name in ("__init__", "__call__"):
-            stock = inspect.signature(getattr(nnx.MultiHeadAttention, name)).parameters
-            ours = inspect.signature(getattr(LLAttention, name)).parameters
-            assert list(ours)[: len(stock)] == list(stock)
-            differ = {n for n in stock if ours[n].kind != stock[n].kind or ours[n].default != stock[n].default}
-            # an initialiser is made anew in each signature
-            assert differ <= {"attention_fn", "is_causal", "bias_init"}
+        stock = inspect.signature(nnx.MultiHeadAttention.__call__).parameters
+        ours = inspect.signature(LLAttention.__call__).parameters
+        assert list(ours)[: len(stock)] == list(stock)
+        differ = {n for n in stock if ours[n].kind != stock[n].kind or ours[n].default != stock[n].default}
+        assert differ <= {"is_causal"}
+
+    @pytest.mark.parametrize("cls", [LLAttention, ParallaxAttention])
+    def test_the_constructor_takes_flax_arguments(self, cls: type) -> None:
+        """The sizes by position, and every keyword: by name, or among those that are handed on as they are."""
+        stock = inspect.signature(nnx.MultiHeadAttention.__init__).parameters
+        ours = inspect.signature(cls.__init__).parameters
+        sizes = [name for name, x in stock.items() if x.kind is x.POSITIONAL_OR_KEYWORD]
+        assert list(ours)[: len(sizes)] == sizes
+        assert all(ours[name].default == stock[name].default for name in sizes)
+        assert set(stock) - set(ours) == set(FlaxOptions.__annotations__)
 
     def test_decode_must_be_given_as_in_flax(self) -> None:
         layer = LLAttention(num_heads=4, in_features=FEATURES, rngs=nnx.Rngs(0))

@@ -1,8 +1,8 @@
-"""The backward kernels: a program per tile of queries solves for u and forms dq, one per tile of keys forms dk and dv.
+"""The query kernel of the backward pass: a program per tile of queries solves for u and forms dq and dlambda.
 
 Everything but dq and dlambda is kept per unit of the cotangent as it came: the damping of ``delta_eps`` is a factor of
-each row that enters once, through ``weight_lse`` = lse - log2(damping). x and u are kept negated, so that a_ij and b_ij
-are what the accumulators hold plus one number per row.
+each row that enters once, through ``weight_lse`` = lse - log2(damping). x and u are kept negated: then a_ij and b_ij
+are the accumulators plus one number per row.
 """
 
 from typing import NamedTuple
@@ -14,44 +14,28 @@ from flashlla_jax.kernels.solver import solve
 from flashlla_jax.kernels.tiles import (
     Keys,
     Rows,
-    Tiles,
-    Visible,
-    as_logits,
     as_operand,
     head_base,
     is_hard,
-    key_program,
     key_scale,
-    key_tile,
     load_cotangents,
-    load_intervals,
-    load_key_tile,
     load_keys,
     load_origin,
-    load_pairs,
     load_queries,
     load_rows,
     load_tile,
-    load_tiles,
     load_values,
-    log_weights,
     one_column,
     query_program,
     rounded_product,
-    sees,
     some,
     store_pairs,
     store_queries,
     store_rows,
-    store_tile,
-    table_row,
-    visible_to,
-    visited,
     weights,
     with_row,
 )
-
-FLAGS: tl.constexpr = tl.constexpr(1024)  # rows whose flags the key kernel reads at once
+from flashlla_jax.kernels.visible import key_tile, load_intervals, load_tiles, table_row, visible_to
 
 
 class Solutions(NamedTuple):
@@ -69,26 +53,6 @@ class Solutions(NamedTuple):
     a0: tl.tensor
     b0: tl.tensor
     c0: tl.tensor
-
-
-class Queries(NamedTuple):
-    """Where the queries of a head lie that may see a tile of keys, and what the query kernel left of them."""
-
-    q: tl.tensor
-    g: tl.tensor
-    x_hi: tl.tensor
-    x_lo: tl.tensor
-    u_hi: tl.tensor
-    u_lo: tl.tensor
-    lse_a0: tl.tensor
-    b0_c0: tl.tensor
-    nears: tl.tensor
-    lse_rest: tl.tensor
-    origins: tl.tensor
-    batch: tl.tensor
-    kv_head: tl.tensor
-    tiles: Tiles
-    visible: Visible
 
 
 @triton.jit
@@ -120,7 +84,7 @@ def right_hand_side(rows, G, g0, keys, hard, refine, parts, SPLIT: tl.constexpr,
     """kbar again (cheaper than keeping it), y = sum_j p_ij (gamma_ij - gbar_i) kc_ij, and gbar.
 
     y's weights are rounded like gamma - g0, so g0 ought to be near gbar: the first ``refine`` (0 or 1) passes find it.
-    The last ``parts`` (1 or 2) gather both: the weights as rounded to bfloat16, and of hard rows what that left. (A
+    The last ``parts`` (1 or 2) gather both: the weights as rounded to bfloat16, and in hard rows the remainder. (A
     choice between two loops would be faster than two passes, but makes ptxas serialise the wgmma of both, its C7515.)
     """
     acc_k = tl.zeros((c.BM, c.DP), tl.float32)
@@ -130,7 +94,7 @@ def right_hand_side(rows, G, g0, keys, hard, refine, parts, SPLIT: tl.constexpr,
     excess = tl.zeros((c.BM,), tl.float32)
     left = tl.where(hard, 1.0, 0.0)
     for part in range(refine + parts):
-        gathered = tl.where(part > refine, 1.0, 0.0)  # what an earlier part of y has gathered is kept
+        gathered = tl.where(part > refine, 1.0, 0.0)  # an earlier part of y is kept
         g0 += excess * (1.0 - gathered)
         excess *= gathered
         acc_k *= gathered
@@ -162,7 +126,7 @@ def right_hand_side(rows, G, g0, keys, hard, refine, parts, SPLIT: tl.constexpr,
 
 @triton.jit
 def mean_of_b(rows, G, keys, solutions, c: tl.constexpr):
-    """sum_j p_ij b_ij, EXACT; it is 0 but for rounding, see ``mean_with`` of the forward kernel."""
+    """sum_j p_ij b_ij, EXACT; without rounding it would be 0, see ``mean_with`` of the forward kernel."""
     mean = tl.zeros((c.BM,), tl.float32)
     for edge in tl.static_range(2):
         count = keys.tiles.edges if edge else keys.tiles.wholes
@@ -245,7 +209,7 @@ def query_kernel(
     low_ptr,
     c: tl.constexpr,
 ):
-    """dq, dlambda, and what the key kernel needs of each row: u, and four numbers in two pairs.
+    """dq, dlambda, and for the key kernel u and four numbers of each row, in two pairs.
 
     The pairs are the lse of its weights with a0, and b0 with c0; they have a place for every row of the last tile.
     EXACT: three more numbers, near_x with near_u, and the rest of the lse.
@@ -339,141 +303,3 @@ def query_kernel(
         acc = query_gradient(rows, G, keys, solutions, False, c)
     out = (c.QK_SCALE * acc + u) * damping[:, None]
     store_queries(head_base(dq, batch, T, head, c.HEADS, c.D), out, m0, T, c)
-
-
-@triton.jit
-def key_gradients(dk, dk_u, dv, at, queries, LOW: tl.constexpr, c: tl.constexpr):
-    """dk, the part of it that u makes, and dv, with the share of the queries of one head added.
-
-    Tiles are (BN, BM), keys by queries: the weights are then the left operand of the products that gather dk and dv, as
-    they lie in registers. The edges are hidden in part, or reach past the last query (where all is zero); they come
-    first.
-    """
-    T = queries.visible.T
-    for whole in tl.static_range(2):
-        count = queries.tiles.wholes if whole else queries.tiles.edges
-        for i in tl.range(0, count, num_stages=c.STAGES if whole else c.EDGE_STAGES):
-            m0 = visited(queries.tiles, queries.visible.order, i, whole == 0, not c.MASK, c) * c.BM
-            Q = load_queries(queries.q, m0, T, whole == 0, c)
-            X = load_queries(queries.x_hi, m0, T, whole == 0, c)
-            U = load_queries(queries.u_hi, m0, T, whole == 0, c)
-            G = load_cotangents(queries.g, m0, T, whole == 0, c)
-            K = at.K
-            if c.UPCAST:
-                K -= load_origin(queries.origins, m0, queries.batch, queries.kv_head, T, c)[None, :]
-            lse, a0 = load_pairs(queries.lse_a0, m0, c.BM)
-            b0, c0 = load_pairs(queries.b0_c0, m0, c.BM)
-            s = tl.dot(K, tl.trans(Q), input_precision=c.PRECISION)
-            lse_rest = lse
-            if c.EXACT:
-                near_x, near_u = load_pairs(queries.nears, m0, c.BM)
-                lse_rest = tl.load(queries.lse_rest + m0 + tl.arange(0, c.BM))
-                zeros = tl.zeros((c.BN, c.BM), tl.float32)
-                a = tl.dot(K, tl.trans(X), acc=zeros + near_x[None, :], input_precision=c.PRECISION)
-                b = tl.dot(K, tl.trans(U), acc=zeros + near_u[None, :], input_precision=c.PRECISION)
-                b = tl.dot(at.V, tl.trans(G), acc=b, input_precision=c.PRECISION)
-            else:
-                a = tl.dot(K, tl.trans(X), input_precision=c.PRECISION)
-                b = tl.dot(at.V, tl.trans(G), input_precision=c.PRECISION)
-                b = tl.dot(K, tl.trans(U), acc=b, input_precision=c.PRECISION)
-            if LOW:  # not before the large halves, as elsewhere: three times the spills in float32
-                X_lo = load_queries(queries.x_lo, m0, T, whole == 0, c)
-                U_lo = load_queries(queries.u_lo, m0, T, whole == 0, c)
-                a = tl.dot(K, tl.trans(X_lo), acc=a, input_precision=c.PRECISION)
-                b = tl.dot(K, tl.trans(U_lo), acc=b, input_precision=c.PRECISION)
-            s = log_weights(as_logits(s, c), lse[None, :], lse_rest[None, :], c)
-            if whole == 0:
-                intervals = load_intervals(queries.visible, m0, c)
-                s = tl.where(sees(intervals, at.n0 + tl.arange(0, c.BN), queries.visible, True, c), s, -float("inf"))
-            w = tl.math.exp2(s)
-            a = with_row(a, a0[None, :], c)
-            pa = (w * a).to(K.dtype)
-            dv = tl.dot(pa, G, acc=dv, input_precision=c.PRECISION)
-            if c.DP <= 64:  # a sum of its own, so that no product of this tile waits for another; wider: no registers
-                dk_u = tl.dot(pa, U, acc=dk_u, input_precision=c.PRECISION)
-            else:
-                dk = tl.dot(pa, U, acc=dk, input_precision=c.PRECISION)
-            pb = w * (b + b0[None, :])
-            ds = c.QK_SCALE * (a * pb + w * c0[None, :])
-            dk = tl.dot(pb.to(K.dtype), X, acc=dk, input_precision=c.PRECISION)
-            dk = tl.dot(ds.to(K.dtype), Q, acc=dk, input_precision=c.PRECISION)
-    return dk, dk_u, dv
-
-
-@triton.jit
-def key_kernel(
-    q,
-    k,
-    v,
-    start,
-    end,
-    query_ids,
-    key_ids,
-    mask,
-    table,
-    order,
-    origins,
-    x_hi_ptr,
-    x_lo_ptr,
-    u_hi_ptr,
-    u_lo_ptr,
-    g,
-    lse_a0_ptr,
-    b0_c0_ptr,
-    nears_ptr,
-    lse_rest_ptr,
-    low_ptr,
-    T,
-    S,
-    dk_ptr,
-    dv_ptr,
-    c: tl.constexpr,
-):
-    """dk and dv of a tile of BN keys, summed in float32 over the query heads that share it."""
-    tiles, tile, batch, kv_head = key_program(S, c)
-    n0 = tile * c.BN
-    rows_of_pairs = tl.cdiv(T, c.QUERY_BM) * c.QUERY_BM
-    at = load_key_tile(k, v, n0, batch, kv_head, S, c)
-    dk = tl.zeros((c.BN, c.DP), tl.float32)
-    dk_u = tl.zeros((c.BN, c.DP), tl.float32)
-    dv = tl.zeros((c.BN, c.DVP), tl.float32)
-
-    for member in range(c.HEADS // c.KV_HEADS):
-        head = kv_head * (c.HEADS // c.KV_HEADS) + member
-        row = table_row(batch, head, tiles, tile, c)
-        first_row = (batch.to(tl.int64) * c.HEADS + head) * rows_of_pairs
-        pairs = first_row * 2
-        seen_by = load_tiles(table, row)
-        queries = Queries(
-            head_base(q, batch, T, head, c.HEADS, c.D),
-            head_base(g, batch, T, head, c.HEADS, c.DV),
-            head_base(x_hi_ptr, batch, T, head, c.HEADS, c.D),
-            head_base(x_lo_ptr, batch, T, head, c.HEADS, c.D),
-            head_base(u_hi_ptr, batch, T, head, c.HEADS, c.D),
-            head_base(u_lo_ptr, batch, T, head, c.HEADS, c.D),
-            lse_a0_ptr + pairs,
-            b0_c0_ptr + pairs,
-            nears_ptr + pairs,
-            lse_rest_ptr + first_row,
-            origins,
-            batch,
-            kv_head,
-            seen_by,
-            visible_to(start, end, query_ids, key_ids, mask, order + row * tl.cdiv(T, c.BM), batch, head, T, S, c),
-        )
-        flagged = 0  # whether some query that may see these keys has a low half of x
-        if c.HALVES:
-            row_base = batch.to(tl.int64) * T * c.HEADS + head
-            last = tl.minimum((seen_by.low + seen_by.edges + seen_by.wholes) * c.BM, T)
-            if c.MASK:
-                last = T
-            for first in range(0 if c.MASK else seen_by.low * c.BM, last, FLAGS):
-                flagged = tl.maximum(flagged, tl.max(load_rows(low_ptr + row_base, first, T, c.HEADS, FLAGS, 0), 0))
-        if flagged > 0:
-            dk, dk_u, dv = key_gradients(dk, dk_u, dv, at, queries, c.HALVES, c)
-        else:
-            dk, dk_u, dv = key_gradients(dk, dk_u, dv, at, queries, False, c)
-    store_tile(
-        head_base(dk_ptr, batch, S, kv_head, c.KV_HEADS, c.D), dk + dk_u, n0, S, c.KV_HEADS * c.D, c.D, c.BN, c.DP
-    )
-    store_tile(head_base(dv_ptr, batch, S, kv_head, c.KV_HEADS, c.DV), dv, n0, S, c.KV_HEADS * c.DV, c.DV, c.BN, c.DVP)
