@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.examples.test_train_char_lm import NAMES, config
+from tests.examples.test_train_char_lm import config
+from tests.examples.test_train_char_lm_loop import NAMES
 
 pytestmark = pytest.mark.usefixtures("as_a_script")
 
