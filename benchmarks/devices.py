@@ -4,15 +4,16 @@
 
 Forward and backward, bfloat16, D = 64, causal, lambda 10, of batch, heads and length, plain and packed with documents
 of an eighth of the length; the length in all three ways that a call may be divided. ``memory`` is what the compiled
-program holds on a device at most, inputs and outputs included. Then the training step of examples/train_char_lm.py.
-Ratios are of this run. ``--quick`` takes tiny shapes, on any devices. Writes devices_DEVICE.txt.
+program holds on a device at most, inputs and outputs included. Then the training step of examples/train_char_lm.py: the
+median over five runs of 20 steps, a run timed as one, and their spread, (max - min) / median. Ratios are of this run.
+``--quick`` takes tiny shapes, on any devices. Writes devices_DEVICE.txt.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import statistics
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.timing import described, environment, jax_timer, median_time, require_gpu, slug
+from benchmarks.timing import Timing, described, environment, jax_timer, median_time, require_gpu, slug
 from flashlla_jax import lla_attention
 
 DIM = 64
@@ -57,6 +58,7 @@ SETTINGS = [
     Setting("length", "shard_map", 1, 32768, 8, True),
     Setting("length", "automatic", 1, 16384, 8, False),
     Setting("length", "automatic", 1, 131072, 8, False),
+    Setting("length", "automatic", 1, 131072, 8, True),
 ]
 QUICK = [Setting("batch", "automatic", 4, 64, 2, False), *(Setting("length", way, 1, 64, 2, True) for way in WAYS)]
 
@@ -73,8 +75,8 @@ class Measured(NamedTuple):
     memory: int
 
 
-def call(setting: Setting, devices: int) -> Measured:
-    """Output and gradients of query, key and value."""
+def compiled(setting: Setting, devices: int) -> tuple[Any, tuple[Any, ...]]:
+    """The program of output and gradients of query, key and value, and its arguments."""
     kind = AxisType.Explicit if setting.way == "explicit" else AxisType.Auto
     mesh = jax.make_mesh((devices,), ("x",), axis_types=(kind,), devices=jax.devices()[:devices])
     spec = PLACES[setting.divided]
@@ -97,14 +99,22 @@ def call(setting: Setting, devices: int) -> Measured:
     keys = jax.random.split(jax.random.key(0), 4)
     draw = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16), out_shardings=NamedSharding(mesh, spec))
     inputs = (hidden, *(draw(key) for key in keys))
-    compiled = jax.jit(step).lower(*inputs).compile()
-    memory: Any = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return Measured(1e3 * median_time(jax_timer(compiled, inputs), 7, 4.0).seconds, held)
+    return jax.jit(step).lower(*inputs).compile(), inputs
 
 
-def training_step(mesh: str, devices: int, changes: dict[str, Any], quick: bool) -> float:
-    """Milliseconds, the median of ten steps."""
+def held(program: Any) -> int:
+    """The bytes on a device at most."""
+    memory = program.memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+
+def call(setting: Setting, devices: int) -> Measured:
+    program, inputs = compiled(setting, devices)
+    return Measured(1e3 * median_time(jax_timer(program, inputs), 7, 4.0).seconds, held(program))
+
+
+def training_step(mesh: str, devices: int, changes: dict[str, Any], quick: bool) -> Timing:
+    """A step among others, as in a training: the devices get the next one before this process waits for the last."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     example, meshes, texts = (
         importlib.import_module(name) for name in ("train_char_lm", "common.meshes", "common.stdlib_text")
@@ -113,12 +123,16 @@ def training_step(mesh: str, devices: int, changes: dict[str, Any], quick: bool)
     text = texts.load_text()
     config = example.Config(example.LLA, None, seed=0, text=text.sha256, **sizes)
     trainer = example.Trainer(config, text, meshes.place(meshes.mesh_sizes(f"{mesh}={devices}")))
-    state, seconds = trainer.init(), []
-    for step in range(13):  # the first ones compile
-        begin = time.perf_counter()
-        trainer.step(state, step)
-        seconds.append(time.perf_counter() - begin)
-    return 1e3 * statistics.median(seconds[3:])
+    state, numbers = trainer.init(), itertools.count()
+
+    def timed(steps: int) -> float:
+        begin, loss = time.perf_counter(), None
+        for number in itertools.islice(numbers, steps):
+            loss = trainer.step(state, number)
+        jax.block_until_ready(loss)
+        return time.perf_counter() - begin
+
+    return median_time(timed, 2 if quick else 5, 60.0, least=2 if quick else 20)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -149,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for mesh, changes in () if args.no_train else QUICK_TRAINING if args.quick else TRAINING:
         one, more = (training_step(mesh, n, changes, args.quick) for n in (1, args.devices))
         name = f"training step, --mesh {mesh}={args.devices} {changes or ''}"
-        tell(f"{name:52}{one:10.3f}{more:12.3f}{one / more:10.3f}")
+        times = f"{1e3 * one.seconds:10.3f}{1e3 * more.seconds:12.3f}{one.seconds / more.seconds:10.3f}"
+        tell(f"{name:52}{times}   spread {one.spread:.1%}, {more.spread:.1%}")
     if args.output is not None:
         (args.output / f"devices_{slug(device)}.txt").write_text("\n".join(lines) + "\n")
 

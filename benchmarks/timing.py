@@ -31,16 +31,17 @@ class Timing(NamedTuple):
     groups: int
 
 
-def median_time(timed: Callable[[int], float], repeats: int, limit: float) -> Timing:
+def median_time(timed: Callable[[int], float], repeats: int, limit: float, least: int = 1) -> Timing:
     """The median of ``repeats`` groups of calls, or of fewer (at least one) once they have taken ``limit`` seconds.
 
     Args:
         timed: Runs a number of calls, waits for them and returns the seconds that they took.
         repeats: Groups of calls.
         limit: Seconds for all of them; a call that takes that long is timed once.
+        least: Calls of a group.
     """
     timed(1)  # compiles or loads what is still to be compiled or loaded
-    calls = max(1, min(_MOST_CALLS, round(_GROUP_SECONDS / max(timed(1), 1e-9))))
+    calls = max(least, min(_MOST_CALLS, round(_GROUP_SECONDS / max(timed(1), 1e-9))))
     groups: list[float] = []
     start = time.perf_counter()
     while len(groups) < repeats and (not groups or time.perf_counter() - start < limit):

@@ -25,7 +25,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -49,6 +48,7 @@ from common.lm_report import Result, plot, progress, table
 from common.meshes import Placement, agreed, check_sizes, join, mesh_sizes, place, wait_for_all
 from common.runs import (
     Checkpoints,
+    Losses,
     RunError,
     State,
     Stopped,
@@ -154,10 +154,10 @@ class Trainer:
         updates, optimizer = self._optimizer.update(gradient, optimizer, params)
         return optax.apply_updates(params, updates), optimizer, loss
 
-    def step(self, state: State, step: int) -> float:
-        """Advances the state by one step in place; returns the loss of its batch."""
+    def step(self, state: State, step: int) -> Array:
+        """Advances the state by one step in place; returns the loss of its batch, without waiting for it."""
         state.params, state.optimizer, loss = self._step(state.params, state.optimizer, self._text, np.int32(step))
-        return float(loss)
+        return loss
 
     def _figures(self, params: Any, tokens: Array) -> dict[str, Array]:
         """The loss and, for LLA, how the solves went: a training step does not look, and so pays nothing for it."""
@@ -188,45 +188,50 @@ def train(
 
     Raises:
         RunError: The checkpoint is of other flags or cannot be read, or a loss is not finite.
-        Stopped: A signal came before the last step; the state after the step it came in is saved.
+        Stopped: A signal came before the last step; the state after the next step is saved.
     """
     done = checkpoints.latest or 0
     if done:
         checkpoints.check_config(done, dataclasses.asdict(config))
     trainer = Trainer(config, text, placement)
     state = checkpoints.restore(done, trainer.abstract()) if done else trainer.init()
-    history = state.history
     if done:
         print(f"{TITLES[config.attention]}: going on after step {done} of {config.steps}")
 
     silent = jax.process_index() > 0
     with tqdm(total=config.steps, initial=done, desc=TITLES[config.attention], unit="step", disable=silent) as bar:
+        losses = Losses(state.history, config.batch * config.context, bar)
         for step in range(done, config.steps):
-            begin = time.perf_counter()
-            history["loss"][step] = loss = trainer.step(state, step)
-            seconds = time.perf_counter() - begin
-            if not math.isfinite(loss):
-                raise RunError(f"the loss is {loss} at step {step}; lower --learning-rate")
-            if step > done:  # the first step of a process compiles
-                history["seconds"][step] = seconds
+            agreement = agreed(stop.signal)  # before the step, so that reading it does not wait for the step
+            losses.add(step, trainer.step(state, step))
+            signal = int(agreement)
             last = step + 1 == config.steps
-            signal = agreed(stop.signal)
-            if last or (step + 1) % config.eval_every == 0:
-                figures = trainer.evaluate(state)
-                for name, figure in figures.items():
-                    history[name][step] = figure
-                if not math.isfinite(validation := figures["validation"]):
-                    raise RunError(f"the validation loss is {validation} after step {step + 1}; lower --learning-rate")
+            evaluates = last or (step + 1) % config.eval_every == 0
+            saves = last or signal or (step + 1) % checkpoint_every == 0
+            if not evaluates and not saves:
+                continue
+            losses.read()  # of this step too: a checkpoint lacks none
+            if evaluates:
+                line = _evaluate(trainer, state, step)
                 if not silent:
-                    bar.write(progress(step + 1, loss, figures))
-            bar.set_postfix_str(f"loss {loss:.3f}, {config.batch * config.context / seconds:,.0f} tokens/s", False)
-            bar.update()
-            if last or signal or (step + 1) % checkpoint_every == 0:
+                    bar.write(line)
+            if saves:
                 checkpoints.save(step + 1, state, dataclasses.asdict(config))
             if signal and not last:
                 message = f"stopped after step {step + 1} of {config.steps}, saved in {checkpoints.directory}"
                 raise Stopped(signal, message)
+            losses.resume()
     return state
+
+
+def _evaluate(trainer: Trainer, state: State, step: int) -> str:
+    """The line of an evaluation, which is in the history then."""
+    figures = trainer.evaluate(state)
+    for name, figure in figures.items():
+        state.history[name][step] = figure
+    if not math.isfinite(validation := figures["validation"]):
+        raise RunError(f"the validation loss is {validation} after step {step + 1}; lower --learning-rate")
+    return progress(step + 1, state.history["loss"][step], figures)
 
 
 # ---- the command
@@ -335,8 +340,8 @@ def _train_all(args: argparse.Namespace, attentions: Sequence[str], output: Path
         every = args.checkpoint_every or math.ceil(config.steps / 4)
         with StopRequest() as stop, Checkpoints(directory) as checkpoints:
             state = train(config, text, checkpoints, every, stop, placement)
-        if stop.signal and attention != attentions[-1]:  # it came in the last step
-            raise Stopped(stop.signal, f"stopped after {TITLES[attention]}, saved in {directory}")
+        if (signal := int(agreed(stop.signal))) and attention != attentions[-1]:  # it came in the last step
+            raise Stopped(signal, f"stopped after {TITLES[attention]}, saved in {directory}")
         steps = solver_steps(config, state.params, text, placement)
         results.append(Result(config, count_parameters(state.params), state.history, steps))
 

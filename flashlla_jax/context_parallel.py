@@ -35,6 +35,11 @@ Axes = tuple[str, ...]  # the mesh axes that divide a length, the first one oute
 # (264 of them at a time) busy but for a few per cent at the end. Fewer would be slower.
 _ROWS_OF_A_GROUP = 65536
 
+# A row that sees few keys is little work, and every group costs about 1 ms of an H100 beside it: what is sent before
+# and after it, and the ends of its kernels. The row of a packed call took a sixth of the time of a causal one. So its
+# groups are larger, at the price of memory: a call holds the keys and their gradients of four times the heads.
+_ROWS_OF_FEW_KEYS = 4 * _ROWS_OF_A_GROUP
+
 
 def gathered(x: Array, axes: Axes) -> Array:
     """The whole array; each device has a part of axis 1, the length."""
@@ -67,7 +72,7 @@ def over_length(run: Callable[..., Any], axes: Axes, *, backward: bool) -> Calla
         devices = lax.axis_size(axes)
         balanced = seen.uneven and devices > 1 and query.shape[1] % 2 == 0
         halves = _Halves(axes, devices, query.shape[1]) if balanced else None
-        groups = groups_of_heads(query, key) if devices > 1 else 1
+        groups = groups_of_heads(query, key, few_keys=seen.few_keys) if devices > 1 else 1
         if groups == 1:
             return _part(run, axes, halves, backward, query, key, value, own, seen, *rest)
         if halves is not None:  # once for all groups
@@ -107,10 +112,11 @@ def _part(
     return dq, dk, dv, down
 
 
-def groups_of_heads(query: Any, key: Any) -> int:
-    """How many groups a device takes its key heads in: as many as leave each of them enough rows."""
+def groups_of_heads(query: Any, key: Any, *, few_keys: bool) -> int:
+    """How many groups a device takes its key heads in: as many as leave each of them enough to do."""
     batch, length, heads, _ = query.shape
-    most = (batch if isinstance(batch, int) else 1) * length * heads // _ROWS_OF_A_GROUP  # exported: may be symbolic
+    rows = (batch if isinstance(batch, int) else 1) * length * heads  # exported: may be symbolic
+    most = rows // (_ROWS_OF_FEW_KEYS if few_keys else _ROWS_OF_A_GROUP)
     return max(n for n in range(1, key.shape[2] + 1) if key.shape[2] % n == 0 and n <= max(1, most))
 
 

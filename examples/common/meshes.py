@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -121,12 +122,21 @@ def join(coordinator: str | None, process_id: int | None, processes: int | None)
     )
 
 
-def agreed(signal: int | None) -> int | None:
-    """The signal that any process has got: all of them stop after the same step."""
+def agreed(signal: int | None) -> Any:
+    """The greatest signal that any process has got, 0 without one: all of them stop after the same step.
+
+    It is found out on the devices, after what they have been given before. Reading it waits for that.
+    """
+    own = np.int32(signal or 0)
     if jax.process_count() == 1:
-        return signal
-    found = multihost_utils.process_allgather(np.int32(signal or 0))
-    return int(np.max(found)) or None
+        return own
+    places = NamedSharding(Mesh(jax.devices(), ("devices",)), P("devices"))
+    return _greatest(jax.make_array_from_process_local_data(places, np.full(jax.local_device_count(), own)))
+
+
+@jax.jit
+def _greatest(signals: jax.Array) -> jax.Array:
+    return jnp.max(signals)
 
 
 def wait_for_all(what: str) -> None:

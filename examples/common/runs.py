@@ -1,4 +1,4 @@
-"""What the trained examples' runs share: checkpoints, a Ctrl-C that saves first, files written at once, flags."""
+"""What the trained examples' runs share: checkpoints, losses, a Ctrl-C that saves first, files written whole, flags."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,46 @@ class Stopped(Exception):
     def __init__(self, number: int, message: str):
         super().__init__(message)
         self.code = 128 + number  # the shell's convention: 130 for Ctrl-C
+
+
+class Losses:
+    """The losses of a training, each read when the next step has been started: the devices do not wait for it."""
+
+    def __init__(self, history: dict[str, np.ndarray], tokens: int, bar: Any):
+        self._history, self._tokens, self._bar = history, tokens, bar
+        self._unread: tuple[int, Any] | None = None
+        self._compiles = True  # the first step of a process
+        self.resume()
+
+    def add(self, step: int, loss: Any) -> None:
+        """Of a step that has been started. Reads the loss of the step before."""
+        self.read()
+        self._unread = step, loss
+
+    def read(self) -> None:
+        """Waits for the loss that is not in the history yet, if there is one.
+
+        Raises:
+            RunError: It is not finite.
+        """
+        if self._unread is None:
+            return
+        step, loss = self._unread[0], float(self._unread[1])
+        self._unread = None
+        if not math.isfinite(loss):
+            raise RunError(f"the loss is {loss} at step {step}; lower --learning-rate")
+        seconds = time.perf_counter() - self._ready
+        self._history["loss"][step] = loss
+        if not self._compiles:
+            self._history["seconds"][step] = seconds
+        self._compiles = False
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {self._tokens / seconds:,.0f} tokens/s", False)
+        self._bar.update()
+        self.resume()
+
+    def resume(self) -> None:
+        """The time of the next loss counts from here: from the loss before it, or from a pause."""
+        self._ready = time.perf_counter()
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from flashlla_jax.visibility import Visibility, dense
@@ -65,16 +64,21 @@ def by_key_tiles(seen: Visibility, keys: int, queries_per_tile: int, keys_per_ti
     key_start = jnp.arange(tiles, dtype=jnp.int32) * keys_per_tile
     key_end = jnp.minimum(key_start + keys_per_tile, keys)
 
-    def count(grown: Array, below: Array, strict: bool) -> Array:
-        """How many numbers of a row of ``grown`` are below each bound: a sum that XLA fuses, no (tiles, tiles)."""
-        less = grown[:, None, :] < below[None, :, None] if strict else grown[:, None, :] <= below[None, :, None]
-        return jnp.sum(less, axis=2, dtype=jnp.int32)
+    # one minimum or maximum each, over comparisons that XLA fuses into it: no (tiles, tiles) in memory, and no scan
+    tile_number = jnp.arange(tile.first_end.shape[1], dtype=jnp.int32)[None, None]
 
-    # the most that any tile up to here has, and the least that any from here on has
-    low = count(lax.cummax(tile.last_end, axis=1), key_start, strict=False)
-    high = count(lax.cummin(tile.first_start, axis=1, reverse=True), key_end, strict=True)
-    whole = count(lax.cummin(tile.first_end, axis=1, reverse=True), key_end, strict=True)
-    whole_end = count(lax.cummax(last_start, axis=1), key_start, strict=False)
+    def first_above(x: Array, bounds: Array) -> Array:
+        """The first tile of queries with more than each bound, or their number."""
+        above = x[:, None] > bounds[None, :, None]
+        return jnp.min(jnp.where(above, tile_number, x.shape[1]), axis=2)
+
+    def past_last_below(x: Array, bounds: Array) -> Array:
+        """One past the last tile of queries with less than each bound, or 0."""
+        below = x[:, None] < bounds[None, :, None]
+        return jnp.max(jnp.where(below, tile_number + 1, 0), axis=2)
+
+    low, high = first_above(tile.last_end, key_start), past_last_below(tile.first_start, key_end)
+    whole, whole_end = past_last_below(tile.first_end, key_end), first_above(last_start, key_start)
     return _table(seen, jnp.minimum(low, high), whole, whole_end, high)
 
 

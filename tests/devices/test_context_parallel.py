@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flashlla_jax import lla_attention
+from flashlla_jax import context_parallel, lla_attention
 from flashlla_jax.context_parallel import groups_of_heads, over_length
 from flashlla_jax.visibility import Visibility
 from tests.cases import Shape, draw
@@ -90,55 +91,69 @@ def test_equals_one_device(case: str, way: str) -> None:
     assert not [name for name in sent - Counter(halves) if re.search(r" (f|bf|u32\[2,)", name)]
 
 
-# so many rows a device that the two key heads are taken one after another
-LONG = Shape(batch=1024, queries=64, keys=64, heads=4, kv_heads=2, dim=8, value_dim=12)
 IN_GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
-    "a mask of each head": ({"mask": _RNG.random((1, 4, 64, 64)) < 0.7}, {}),
+    "packed": CASES["packed"],
+    "a mask of each head": ({"mask": _RNG.random((1, 4, 32, 32)) < 0.7}, {}),
     "Parallax": ({}, {"parallax": True}),
 }
 
 
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """SHAPE has 128 rows a device: its two key heads are taken one after another then."""
+    jax.clear_caches()  # of the sizes that are traced
+    for name in ("_ROWS_OF_A_GROUP", "_ROWS_OF_FEW_KEYS"):
+        monkeypatch.setattr(context_parallel, name, 64)
+    yield
+    jax.clear_caches()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_groups")
 @pytest.mark.parametrize(
     ("case", "way"),
-    [*(("plain", way) for way in WAYS), ("a mask of each head", "shard_map"), ("Parallax", "automatic")],
+    [
+        *(("plain", way) for way in WAYS),
+        ("packed", "automatic"),
+        ("a mask of each head", "shard_map"),
+        ("Parallax", "automatic"),
+    ],
 )
 def test_heads_in_groups(case: str, way: str) -> None:
     hidden, static = IN_GROUPS[case]
-    q, k, v, own, g = given(LONG)
+    q, k, v, own, g = given()
     if case == "Parallax":
         own = 0.1 * q
     run, arrays = compiled(way, {"x": 2}, hidden, static, [q, k, v, own, g], length="x")
     one = jax.jit(partial(output_and_gradients, attending(**static)))
-    assert_alike(run(*arrays), one(jax.tree.map(jnp.asarray, hidden), q, k, v, own, g), atol=1e-4)
+    assert_alike(run(*arrays), one(jax.tree.map(jnp.asarray, hidden), q, k, v, own, g))
 
     sent = collectives(run)
-    wide = {
-        name: n for name, n in sent.items() if re.fullmatch(r"(all-gather|reduce-scatter) f32\[1024,.*,.*,.*\]", name)
-    }
-    halves = {f"all-gather f32[1024,64,1,{dim}]": 2 for dim in (8, 12)}  # in the loops of both passes
-    assert wide == halves | {f"reduce-scatter f32[1024,32,1,{dim}]": 1 for dim in (8, 12)}
+    wide = {name: n for name, n in sent.items() if re.fullmatch(r"(all-gather|reduce-scatter) f32\[2,.*,.*,.*\]", name)}
+    halves = {f"all-gather f32[2,32,1,{dim}]": 2 for dim in (8, 12)}  # in the loops of both passes
+    assert wide == halves | {f"reduce-scatter f32[2,16,1,{dim}]": 1 for dim in (8, 12)}
 
 
 @pytest.mark.parametrize(
-    ("query", "kv_heads", "groups"),
+    ("query", "kv_heads", "groups", "of_few_keys"),
     [
-        ((1, 8192, 8, 64), 8, 1),
-        ((1, 16384, 8, 64), 8, 2),
-        ((4, 4096, 8, 64), 8, 2),
-        ((1, 65536, 8, 64), 8, 8),
-        ((1, 65536, 8, 64), 1, 1),
-        ((1, 65536, 6, 64), 6, 6),
-        ((1, 43691, 6, 64), 6, 3),
-        ((1, 8, 8, 64), 8, 1),
+        ((1, 8192, 8, 64), 8, 1, 1),
+        ((1, 16384, 8, 64), 8, 2, 1),
+        ((4, 4096, 8, 64), 8, 2, 1),
+        ((1, 65536, 8, 64), 8, 8, 2),
+        ((1, 65536, 8, 64), 1, 1, 1),
+        ((1, 65536, 6, 64), 6, 6, 1),
+        ((1, 43691, 6, 64), 6, 3, 1),
+        ((1, 8, 8, 64), 8, 1, 1),
     ],
     ids=str,
 )
-def test_groups_leave_enough_to_do(query: tuple[int, ...], kv_heads: int, groups: int) -> None:
+def test_groups_leave_enough_to_do(query: tuple[int, ...], kv_heads: int, groups: int, of_few_keys: int) -> None:
     key = (query[0], 2 * query[1], kv_heads, query[3])
-    arrays = (jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in (query, key))
-    assert groups_of_heads(*arrays) == groups
+    arrays = [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in (query, key)]
+    assert groups_of_heads(*arrays, few_keys=False) == groups
+    assert groups_of_heads(*arrays, few_keys=True) == of_few_keys
 
 
 @pytest.mark.parametrize(

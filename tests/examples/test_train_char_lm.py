@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.examples.char_lm import NAMES, config
+from tests.examples.char_lm import config
 
 EXAMPLE = "train_char_lm"
 
@@ -291,75 +291,6 @@ def test_checkpoints_that_do_not_serve(example, finished, tmp_path, capsys):
         assert "cannot read the checkpoint" in refusal(example, capsys, tmp_path / "damaged", *flags)
 
 
-@pytest.fixture
-def instant(example, monkeypatch) -> ModuleType:
-    """The example with a training that only counts, of ``instant.main([*INSTANT, ...])``."""
-
-    class Trainer:
-        def __init__(self, config, text, placement):
-            self._history = {name: np.full(config.steps, np.nan) for name in NAMES}
-
-        def init(self):
-            return example.State({"x": np.zeros(2)}, {"x": np.zeros(2)}, self._history)
-
-        abstract = init
-
-        def step(self, state, step):
-            return 2.0
-
-        def evaluate(self, state):
-            return {"validation": 1.0}
-
-    monkeypatch.setattr(example, "Trainer", Trainer)
-    monkeypatch.setattr(example, "solver_steps", lambda *_: None)
-    return example
-
-
-INSTANT = ["--steps", "4", "--warmup", "1", "--eval-every", "2", "--eval-windows", "2", "--attention", "both"]
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_in_the_last_step_stops_before_the_next_training(instant, tmp_path, monkeypatch, capsys, number, code):
-    evaluate = instant.Trainer.evaluate
-    flags = ["--output-dir", str(tmp_path), *INSTANT]
-
-    def interrupted(self, state):
-        if np.isfinite(self._history["loss"]).all():
-            os.kill(os.getpid(), number)
-        return evaluate(self, state)
-
-    monkeypatch.setattr(instant.Trainer, "evaluate", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        instant.main([*flags, "--fresh"])
-    assert stop.value.code == code
-    assert "; the same command without --fresh goes on from there" in capsys.readouterr().err.splitlines()[-1]
-    assert (tmp_path / "lla" / "4").is_dir()
-    assert not list(tmp_path.glob("softmax/*"))
-
-    instant.main(flags)  # the signal comes in the last step of all
-    assert "LLA" in (printed := capsys.readouterr().out)
-    assert "softmax attention" in printed
-
-
-def test_fresh_and_stopped_says_how_to_go_on(instant, tmp_path, monkeypatch, capsys):
-    """Without --fresh, and what the command found there it has deleted before it began."""
-    flags = ["--output-dir", str(tmp_path), *INSTANT]
-    instant.main(flags)
-    step = instant.Trainer.step
-    monkeypatch.setattr(instant.Trainer, "step", lambda *args: os.kill(os.getpid(), signal.SIGINT) or step(*args))
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        instant.main([*flags, "--fresh"])
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "stopped after step 1 of 4" in said
-    assert said.endswith("; the same command without --fresh goes on from there")
-    assert not list(tmp_path.glob("softmax/*"))
-
-    shutil.rmtree(tmp_path / "lla")
-    (tmp_path / "lla").write_text("")
-    assert f"cannot delete {tmp_path / 'lla'}: " in refusal(instant, capsys, tmp_path, *INSTANT, "--fresh")
-
-
 def test_folder_that_cannot_be_written(example, tmp_path, monkeypatch, capsys):
     """It is said before anything is trained."""
     monkeypatch.setattr(example, "train", lambda *_: pytest.fail("trained"))
@@ -368,19 +299,6 @@ def test_folder_that_cannot_be_written(example, tmp_path, monkeypatch, capsys):
     (tmp_path / "part" / "softmax").write_text("")
     for folder in (tmp_path / "file", tmp_path / "part", Path("/proc/nope")):
         assert "argument --output-dir: cannot write in " in refusal(example, capsys, folder, "--attention", "both")
-
-
-def test_validation_loss_that_is_not_finite(instant, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(instant.Trainer, "evaluate", lambda *_: {"validation": float("nan")})
-    line = refusal(instant, capsys, tmp_path, *INSTANT)
-    assert line.endswith("the validation loss is nan after step 2; lower --learning-rate")
-
-
-def test_report_that_cannot_be_written(instant, tmp_path, capsys):
-    (tmp_path / "results.json").mkdir()
-    line = refusal(instant, capsys, tmp_path, *INSTANT)
-    assert f"cannot write {tmp_path / 'results.json'}: " in line
-    assert not list(tmp_path.glob(".*"))  # temporary files
 
 
 def test_implementation_that_cannot_run_here(example, tmp_path, capsys):

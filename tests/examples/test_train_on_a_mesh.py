@@ -90,13 +90,13 @@ def test_a_mesh_gives_one_devices_losses(mesh, example, expected, tmp_path, caps
 def test_goes_on_on_another_mesh(example, expected, tmp_path, monkeypatch):
     step = example.Trainer.step
 
-    def stopped_after_five(self, state, number):
-        if number == 4:
+    def stopped_after_six(self, state, number):
+        if number == 4:  # another step is started before it is noticed
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, state, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(example.Trainer, "step", stopped_after_five)
+        patch.setattr(example.Trainer, "step", stopped_after_six)
         with pytest.raises(SystemExit):
             example.main(["--output-dir", str(tmp_path), "--mesh", "fsdp=2", *SMALL])
     example.main(["--output-dir", str(tmp_path), *SMALL])
@@ -149,14 +149,34 @@ def test_two_processes(expected, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_process_stops_both(tmp_path):
+    """After the same step: had they parted, one of them would wait for ever."""
+    port = free_port()
+    first, second = (start(tmp_path, i, port, "--steps", "100000") for i in range(2))
+    wait_for_a_checkpoint(tmp_path, first)
+    second.send_signal(signal.SIGTERM)
+    (_, err), (_, other) = (process.communicate(timeout=60) for process in (first, second))
+    assert [first.returncode, second.returncode] == [128 + signal.SIGTERM] * 2, err + other
+    said = [re.search(r"stopped after step (\d+) of 100000", text) for text in (err, other)]
+    steps = [match and match[1] for match in said]
+    assert (tmp_path / "lla" / str(steps[0])).is_dir()
+    assert steps[0] == steps[1]
+
+
+def wait_for_a_checkpoint(output: Path, process: subprocess.Popen[str]) -> None:
+    """It tells that all processes are at work."""
+    end = time.monotonic() + 200
+    while not any(path.name == "5" for path in output.glob("lla/*")):
+        assert time.monotonic() < end
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other(tmp_path):
     port = free_port()
     first, second = (start(tmp_path, i, port, "--steps", "100000") for i in range(2))
-    end = time.monotonic() + 200
-    while not any(path.name == "5" for path in tmp_path.glob("lla/*")):  # a checkpoint: both are at work
-        assert time.monotonic() < end
-        assert first.poll() is None, first.communicate()[1]
-        time.sleep(0.05)
+    wait_for_a_checkpoint(tmp_path, first)
     second.kill()
     _, err = first.communicate(timeout=60)
     second.communicate()
