@@ -32,6 +32,7 @@ from flashlla_jax import blockwise, blockwise_parallax
 from flashlla_jax.context_parallel import Axes, over_length
 from flashlla_jax.interface import Options, ParallaxOptions, ParallaxResiduals, Residuals, usable_ridge
 from flashlla_jax.kernels import parallax_passes, passes
+from flashlla_jax.kernels.ahead import compile_side_by_side
 from flashlla_jax.kernels.plan import PARALLAX_TABLE, TABLE, plan_for
 from flashlla_jax.sharding import divisible, varying_like
 from flashlla_jax.visibility import Visibility, seeing_queries, without_hidden
@@ -100,13 +101,15 @@ def attend(
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(query: Array, key: Array, value: Array, own: Array, seen: Visibility, call: _Call) -> Any:
-    return _attend_fwd(query, key, value, own, seen, call)[0]
+    return _attend_fwd(query, key, value, own, seen, call, differentiated=False)[0]
 
 
-def _attend_fwd(query: Array, key: Array, value: Array, own: Array, seen: Visibility, call: _Call) -> tuple[Any, Any]:
+def _attend_fwd(
+    query: Array, key: Array, value: Array, own: Array, seen: Visibility, call: _Call, differentiated: bool = True
+) -> tuple[Any, Any]:
     if isinstance(call.options, Options):
         own = usable_ridge(own)
-    o, saved, residuals = _bind(_forward_p, call, (query, key, value, own, seen))
+    o, saved, residuals = _bind(_forward_p, call, (query, key, value, own, seen), differentiated)
     return (o, residuals), (query, key, value, own, seen, saved)
 
 
@@ -182,29 +185,45 @@ def _shown(query: Array, key: Array, value: Array, own: Array, seen: Visibility,
     return query, key, value, own, seen, *rest
 
 
-def _bind(primitive: Primitive, call: _Call, given: tuple[Any, ...]) -> Any:
+def _bind(primitive: Primitive, call: _Call, given: tuple[Any, ...], differentiated: bool = False) -> Any:
+    """``differentiated``: a forward pass that the backward pass follows."""
     flat, tree = jax.tree.flatten(given)
-    traced = (_blockwise if call.only == "xla" else _kernels)(primitive, call).trace(*given)
-    out = primitive.bind(*flat, call=call, tree=tree, jaxpr=traced.jaxpr)
+    side = _blockwise if call.only == "xla" else _kernels
+    traced = side(primitive, call).trace(*given)
+    follows = None
+    if differentiated and side is _kernels:
+        o, saved, _ = traced.out_info
+        follows = side(_backward_p, call).trace(*given, saved, o).jaxpr  # the cotangent is like o
+    out = primitive.bind(*flat, call=call, tree=tree, jaxpr=traced.jaxpr, follows=follows)
     return jax.tree.unflatten(jax.tree.structure(traced.out_info), out)
 
 
-# The rules, the same for both primitives. Parameters: the call, the structure of the arguments, and the jaxpr of the
-# named implementation, or else of the kernels.
+# The rules, the same for both primitives. Parameters: the call, the structure of the arguments, the jaxpr of the named
+# implementation, or else of the kernels, and that of the backward pass if it follows.
 
 
-def _on_cuda(*flat: Any, call: _Call, tree: Any, jaxpr: ClosedJaxpr) -> Any:
-    return jaxpr_as_fun(jaxpr)(*flat)
+def _on_cuda(ctx: Any, *flat: Any, jaxpr: ClosedJaxpr, follows: ClosedJaxpr | None, **_: Any) -> Any:
+    compile_side_by_side(*filter(None, (jaxpr, follows)))
+    return _lowering(jaxpr_as_fun(jaxpr))(ctx, *flat)
 
 
-def _elsewhere(primitive: Primitive, *flat: Any, call: _Call, tree: Any, jaxpr: ClosedJaxpr) -> Any:
+def _elsewhere(
+    primitive: Primitive, *flat: Any, call: _Call, tree: Any, jaxpr: ClosedJaxpr, follows: ClosedJaxpr | None
+) -> Any:
     if call.only is not None:
         return jaxpr_as_fun(jaxpr)(*flat)
     return jax.tree.leaves(_blockwise(primitive, call)(*tree.unflatten(flat)))
 
 
 def _batched(
-    primitive: Primitive, flat: Any, axes: Any, *, call: _Call, tree: Any, jaxpr: ClosedJaxpr
+    primitive: Primitive,
+    flat: Any,
+    axes: Any,
+    *,
+    call: _Call,
+    tree: Any,
+    jaxpr: ClosedJaxpr,
+    follows: ClosedJaxpr | None,
 ) -> tuple[Any, Any]:
     del jaxpr  # of other shapes
     size = next(x.shape[axis] for x, axis in zip(flat, axes, strict=True) if axis is not None)
@@ -227,7 +246,7 @@ def _batched(
         return dataclasses.replace(x, **folds, mask=fold_all(x.mask, is_mapped.mask))
 
     given = [fold_argument(*pair) for pair in zip(tree.unflatten(flat), tree.unflatten(mapped), strict=True)]
-    out = jax.tree.leaves(_bind(primitive, call, tuple(given)))
+    out = jax.tree.leaves(_bind(primitive, call, tuple(given), follows is not None))
     return [x.reshape(size, batch, *x.shape[1:]) for x in out], [0] * len(out)
 
 
@@ -250,12 +269,12 @@ def _refuse_derivative(*_: Any, **__: Any) -> Any:
 
 
 def _derivative(
-    primitive: Primitive, primals: Any, tangents: Any, *, call: _Call, tree: Any, jaxpr: ClosedJaxpr
+    primitive: Primitive, primals: Any, tangents: Any, *, call: _Call, tree: Any, jaxpr: ClosedJaxpr, follows: None
 ) -> tuple[Any, Any]:
     """In forward mode, of the XLA side: a gradient's own derivative (Hessian-vector products)."""
     if call.only != "xla":
         _refuse_derivative()
-    out = primitive.bind(*primals, call=call, tree=tree, jaxpr=jaxpr)
+    out = primitive.bind(*primals, call=call, tree=tree, jaxpr=jaxpr, follows=follows)
     moving = tuple(i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero)
     given = (*primals, *(tangents[i] for i in moving))
     pushed = iter(_tangent_p.bind(*given, of=primitive, call=call, tree=tree, jaxpr=jaxpr, moving=moving))
@@ -315,7 +334,7 @@ def _named(name: str) -> Primitive:
 def _primitive(name: str) -> Primitive:
     made = _named(name)
     made.def_abstract_eval(lambda *_, jaxpr, **__: jaxpr.out_avals)
-    mlir.register_lowering(made, _lowering(_on_cuda), platform="cuda")
+    mlir.register_lowering(made, _on_cuda, platform="cuda")
     mlir.register_lowering(made, _lowering(partial(_elsewhere, made)))
     batching.primitive_batchers[made] = partial(_batched, made)
     ad.primitive_jvps[made] = partial(_derivative, made)

@@ -268,7 +268,7 @@ def forward_kernel(
     if c.EXACT:
         store_rows(lse_rest_ptr + row_base, lse_rest, m0, T, c.HEADS, c.BM)
         store_rows(near_ptr + row_base, near, m0, T, c.HEADS, c.BM)
-    if c.EXACT or c.CAREFUL_ABOVE < float("inf"):
+    if c.EXACT:
         store_rows(a0_ptr + row_base, a0, m0, T, c.HEADS, c.BM)
     store_rows(damping_ptr + row_base, damping, m0, T, c.HEADS, c.BM)
     store_rows(omega_ptr + row_base, omega, m0, T, c.HEADS, c.BM)
@@ -278,14 +278,16 @@ def forward_kernel(
     store_rows(converged_ptr + row_base, solved.converged, m0, T, c.HEADS, c.BM)
 
     solution = Solution(hi, lo, rest, near, a0)
+    a0_without_rest = a0  # for the backward pass, whose x has no rest
     if careful:
         a0 += 1.0 - mean_with(a0, rows, keys, solution, c)
-        # the backward pass has x without the rest
-        store_rows(a0_ptr + row_base, a0 + tl.sum(rest.to(tl.float32) * kbar, 1), m0, T, c.HEADS, c.BM)
+        a0_without_rest = a0 + tl.sum(rest.to(tl.float32) * kbar, 1)
         out = output(rows, keys, Solution(hi, lo, rest, near, a0), c.HALVES, c.CAREFUL_ABOVE < float("inf"), c)
     elif with_low:
         out = output(rows, keys, solution, c.HALVES, False, c)
     else:
         out = output(rows, keys, solution, False, False, c)
+    if c.CAREFUL_ABOVE < float("inf"):
+        store_rows(a0_ptr + row_base, a0_without_rest, m0, T, c.HEADS, c.BM)
     base = head_base(o, batch, T, head, c.HEADS, c.DV)
     store_tile(base, out * damping[:, None], m0, T, c.HEADS * c.DV, c.DV, c.BM, c.DVP)
