@@ -34,7 +34,6 @@ class Constants:
         RTOL, HARD_RTOL, ATOL, ENERGY, MAX_ITERS, PRECONDITION, FINISH: how the solve stops, see ``solver.py``.
         DELTA_EPS: added to the denominator of the paper's form.
         QUERY_BM: in the key kernel, the query kernel's BM.
-        UNWRITTEN: what no query sees may be NaN (a cache); else it was made 0 before.
     """
 
     HEADS: int
@@ -75,4 +74,3 @@ class Constants:
     FINISH: bool
     DELTA_EPS: float
     QUERY_BM: int
-    UNWRITTEN: bool
