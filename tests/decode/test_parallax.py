@@ -12,8 +12,8 @@ import pytest
 
 from flashlla_jax import parallax_attention, parallax_decode
 from tests.cases import KINDS, Shape, draw, relative_error
-from tests.decode.decode_tests import CASES, poisoned
-from tests.decode.parallax_decode_tests import ParallaxDecodeTests
+from tests.decode.decode_tests import CASES, poisoned, worst_row
+from tests.decode.parallax_decode_tests import ParallaxDecodeTests, decoder, truth
 from tests.parallax_tests import draw_probe
 
 
@@ -66,3 +66,14 @@ def test_refusals() -> None:
         parallax_decode(q, q[..., :4], cache, cache, 3)
     with pytest.raises(ValueError, match="lengths must lie between 0 and the cache's 9 positions, got 10 to 10"):
         parallax_decode(q, q, cache, cache, 10)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_the_cache_may_have_another_dtype(cache_dtype: str, implementation: Any) -> None:
+    case = CASES["window"]
+    q, k, v, _ = poisoned(case, "float32", cache_dtype=cache_dtype)
+    r = draw_probe(draw(case.shape, "float32"))
+    got = decoder(implementation, case.window)(q, r, k, v, case.hidden())
+    assert got.dtype == jnp.float32
+    assert worst_row(got, truth(q, r, k, v, case.visible())) <= 2e-5

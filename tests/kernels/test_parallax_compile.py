@@ -38,7 +38,7 @@ SPILLS = {
     Entry(90, "key", "bfloat16", 64): 0,
     Entry(90, "gather", "bfloat16", 64): 0,
     Entry(90, "gather", "float8_e4m3fn", 64): 0,
-    Entry(90, "gather", "float32", 64): 0,
+    Entry(90, "gather", "float32", 64): 48,
     Entry(90, "merge", "bfloat16", 64): 0,
     Entry(90, "forward", "bfloat16", 128): 132,
     Entry(90, "query", "bfloat16", 128): 0,
