@@ -120,8 +120,7 @@ def parallax_decode(
     Args:
         query: As in :func:`lla_decode`.
         probe: In the shape and the dtype of ``query``.
-        key_cache: As in :func:`lla_decode`, and so are the following. For the Triton kernel it must have the query's
-            dtype.
+        key_cache: As in :func:`lla_decode`, and so are the following.
         value_cache: See :func:`lla_decode`.
         lengths: See :func:`lla_decode`.
         starts: See :func:`lla_decode`.
@@ -143,7 +142,7 @@ def parallax_decode(
     probe = check_probe(probe, query)
     window = None if local_window_size is None else check_window(local_window_size)
     hiding = _check_hiding(query, key, lengths, starts, mask)
-    chosen = choose("parallax_decode", implementation, parallax_decode_call.refusal(query, key, value))
+    chosen = choose("parallax_decode", implementation, decode_call.refusal(query, key, value))
     static = _Static(True, window, check_scale(qk_scale, query), check_precision(precision), chosen)
     return _run(static, query, key, value, probe, hiding)
 

@@ -35,7 +35,6 @@ class Constants:
         RTOL, HARD_RTOL, ATOL, ENERGY, MAX_ITERS, PRECONDITION, FINISH: how the solve stops, see ``solver.py``.
         DELTA_EPS: added to the denominator of the paper's form.
         QUERY_BM: in the key kernel, the query kernel's BM.
-        UNWRITTEN: keys that no query sees may be NaN (a cache); else they were made 0 before.
     """
 
     HEADS: int
@@ -77,4 +76,3 @@ class Constants:
     FINISH: bool
     DELTA_EPS: float
     QUERY_BM: int
-    UNWRITTEN: bool

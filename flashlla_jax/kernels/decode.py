@@ -106,14 +106,17 @@ def widened(block, c: tl.constexpr):
 
 
 @triton.jit
-def columns_of(x, DTYPE: tl.constexpr, PARTS: tl.constexpr):
-    """(len(x), COLUMNS): side by side, as many parts as hold float32's x in the products' dtype. Their sum is x."""
+def columns_of(x, DTYPE: tl.constexpr, PARTS: tl.constexpr, FIRST: tl.constexpr = 0):
+    """(len(x), COLUMNS): side by side, as many parts as hold float32's x in the products' dtype. Their sum is x.
+
+    FIRST is the column of the first one.
+    """
     column = tl.arange(0, COLUMNS)[None, :]
     out = tl.zeros((x.shape[0], COLUMNS), DTYPE)
     for i in tl.static_range(PARTS):
         part = x.to(DTYPE)
         x -= part.to(tl.float32)
-        out = tl.where(column == i, part[:, None], out)
+        out = tl.where(column == FIRST + i, part[:, None], out)
     return out
 
 

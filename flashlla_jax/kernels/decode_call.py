@@ -39,7 +39,7 @@ class DecodeLaunch(NamedTuple):
 
 
 class DecodePlan(NamedTuple):
-    """How a step is computed."""
+    """How a step is computed, by ``moments_kernel`` and ``solve_kernel`` or, of Parallax, the two in their place."""
 
     upcast: bool  # the cache to float32 after loading; else it is bfloat16, or float8 and widened to that
     precision: str  # of a float32 product
@@ -56,7 +56,7 @@ class DecodeConstants:
         HEADS, KV_HEADS: query heads, and key/value heads.
         D, DV: head dimensions of keys and of values.
         DP, DVP: the same padded to powers of two, 16 at least.
-        BN, BD: keys of a block, and features of a program.
+        BN, BD: keys of a block, and features of a program (of Parallax: all).
         STAGES: depth of the software pipeline.
         SPLITS, SPLITS_PADDED: parts that the cache is cut into, and that padded to a power of two.
         SCALE: factor of the logits, in units of log 2.
@@ -99,7 +99,7 @@ class DecodeConstants:
 _MOMENTS = {
     90: {
         2: {
-            64: DecodeLaunch(64, 64, 4, 3, 8 * 132),
+            64: DecodeLaunch(64, 64, 4, 3, 4 * 132),
             128: DecodeLaunch(128, 128, 8, 3, 2 * 132),
             256: DecodeLaunch(32, 32, 8, 2),
         }
@@ -175,11 +175,8 @@ def decode(
     capacity, _, value_dim = value.shape[1:]
     plan = plan_for(key, value, precision) if plan is None else plan
     rows = batch * tokens * heads
-    c = _constants(query, key, value, seen, qk_scale, plan)
-    # of one small array, and not three: an array that has to be made costs a step more than what it holds
-    intervals = jnp.stack([jnp.broadcast_to(x, (batch, tokens)) for x in (seen.start, seen.end)], axis=-1)
-    first = first if c.MASK_N else intervals  # which then says it
-    mask = intervals if seen.mask is None else seen.mask.astype(jnp.int8)
+    c = constants(query, key, value, seen, qk_scale, plan)
+    intervals, first, mask = visible(seen, first, tokens, c)
 
     def partial_result(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, c.SPLITS, *shape), jnp.float32)
@@ -210,9 +207,21 @@ def decode(
     return o
 
 
-def _constants(
-    query: Any, key: Any, value: Any, seen: Visibility, qk_scale: float, plan: DecodePlan
-) -> DecodeConstants:
+def visible(
+    seen: Visibility, first: Int[Array, "B T N"], tokens: int, c: DecodeConstants
+) -> tuple[Array, Array, Array]:
+    """The intervals, the first keys seen, and the mask, as the kernels take them.
+
+    One small array, and not three, where it says all: an array that has to be made costs a step more than what it
+    holds.
+    """
+    rows = (first.shape[0], tokens)
+    intervals = jnp.stack([jnp.broadcast_to(x, rows) for x in (seen.start, seen.end)], axis=-1)
+    mask = intervals if seen.mask is None else seen.mask.astype(jnp.int8)
+    return intervals, first if c.MASK_N else intervals, mask
+
+
+def constants(query: Any, key: Any, value: Any, seen: Visibility, qk_scale: float, plan: DecodePlan) -> DecodeConstants:
     batch, tokens, heads, dim = query.shape
     capacity, kv_heads, value_dim = value.shape[1:]
     shape = plan.moments

@@ -116,10 +116,6 @@ def attend(rows, R, keys, c: tl.constexpr):
             n0 = key_tile(keys, i, edge == 1, c)
             K = load_keys(keys, n0, edge == 1, c)
             V = load_values(keys, n0, edge == 1, c)
-            if edge and c.UNWRITTEN:
-                seen = sees(rows.intervals, n0 + tl.arange(0, c.BN), keys.visible, False, c)
-                written = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
-                K, V = tl.where(written, K, 0.0).to(K.dtype), tl.where(written, V, 0.0).to(V.dtype)
             s = logits(rows, K, n0, keys, edge == 1, c)
             kr = tl.dot(R, tl.trans(K), input_precision=c.PRECISION)
             new_top = tl.maximum(top, tl.max(s, 1))

@@ -34,13 +34,8 @@ def forward(
     seen: Visibility,
     options: ParallaxOptions,
     plan: Plan,
-    *,
-    unwritten: bool = False,
 ) -> tuple[Array, Saved, ParallaxResiduals]:
-    """``(o, saved, residuals)``: the forward pass, and what ``backward`` needs of it.
-
-    ``unwritten``: keys and values that no query sees may be NaN.
-    """
+    """``(o, saved, residuals)``: the forward pass, and what ``backward`` needs of it."""
     from flashlla_jax.kernels.parallax import forward_kernel
 
     problem = Problem.of(query, key, value, seen, options, plan)
@@ -64,7 +59,7 @@ def forward(
             problem.row(),
         ),
         shape,
-        problem.constants(shape, table, 0.0, unwritten),
+        problem.constants(shape, table, 0.0),
     )
     return o, Saved(vbar, excess, lse, lse_rest, t), ParallaxResiduals(omega, logsumexp)
 

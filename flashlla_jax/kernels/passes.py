@@ -112,7 +112,7 @@ class Problem(NamedTuple):
         """How many batch entries have a visibility of their own: all, or one for all."""
         return max(x.shape[0] for x in (self.seen.start, self.seen.end, table.rows))
 
-    def constants(self, shape: Launch, table: Table, tau: float | None = None, unwritten: bool = False) -> Constants:
+    def constants(self, shape: Launch, table: Table, tau: float | None = None) -> Constants:
         _, _, _, heads, kv_heads, dim, value_dim = self.shape
         options, arithmetic, mask = self.options, self.plan.arithmetic, self.seen.mask
         solver, delta_eps = _NO_SOLVER, 0.0
@@ -159,7 +159,6 @@ class Problem(NamedTuple):
             FINISH=arithmetic.finish and solver.rtol is None,  # a stop that was asked for is kept to
             DELTA_EPS=delta_eps,
             QUERY_BM=self.plan.query.BM,
-            UNWRITTEN=unwritten,
         )
 
 

@@ -43,7 +43,7 @@ class ParallaxAttention(CachedAttention):
         qk_scale: See :func:`flashlla_jax.parallax_attention`.
         probe_kernel_init: Initialiser of the probe's kernel; its bias, if there are biases, starts at 0.
         implementation: See :func:`flashlla_jax.parallax_attention`; with a cache also of
-            :func:`flashlla_jax.parallax_decode`, whose kernel wants the cache in the queries' dtype.
+            :func:`flashlla_jax.parallax_decode`.
         flax: The other arguments of ``flax.nnx.MultiHeadAttention``, with its defaults: ``FlaxOptions`` of
             ``nn/nnx_options.py`` lists them. ``dropout_rate`` must be 0.
 

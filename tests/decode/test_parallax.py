@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import flashlla_jax.attention
 from flashlla_jax import parallax_attention, parallax_decode
-from flashlla_jax.kernels import parallax_decode_call
 from tests.cases import KINDS, Shape, draw, relative_error
-from tests.decode.decode_tests import CASES, poisoned
-from tests.decode.parallax_decode_tests import ParallaxDecodeTests
+from tests.decode.decode_tests import CASES, poisoned, worst_row
+from tests.decode.parallax_decode_tests import ParallaxDecodeTests, decoder, truth
 from tests.parallax_tests import draw_probe
 
 
@@ -62,23 +60,20 @@ def test_mapped() -> None:
         np.testing.assert_allclose(mapped[i], run(queries[i], queries[i], k, v, lengths[i]), atol=1e-13)
 
 
-def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals() -> None:
     q, cache = jnp.ones((1, 1, 2, 8), "float32"), jnp.ones((1, 9, 2, 8), "float32")
     with pytest.raises(ValueError, match=r"probe must have the query's shape, \(1, 1, 2, 8\), got \(1, 1, 2, 4\)"):
         parallax_decode(q, q[..., :4], cache, cache, 3)
     with pytest.raises(ValueError, match="lengths must lie between 0 and the cache's 9 positions, got 10 to 10"):
         parallax_decode(q, q, cache, cache, 10)
-    monkeypatch.setattr(flashlla_jax.attention, "_no_triton", lambda: None)
-    narrow = cache.astype("bfloat16")
-    with pytest.raises(NotImplementedError, match="a cache of the query's dtype, float32, got bfloat16"):
-        parallax_decode(q, q, narrow, narrow, 3, implementation="triton")
 
 
-@pytest.mark.parametrize(
-    ("rows", "capacity", "parts"),
-    [(128, 8192, 4), (4, 131072, 128), (1024, 8192, 1), (16, 100, 1), (16, 8191, 1), (16, 3 * 1024, 12), (0, 512, 2)],
-)
-def test_parts_are_equal_and_long_enough(rows: int, capacity: int, parts: int) -> None:
-    got = parallax_decode_call._parts(rows, capacity)
-    assert capacity % got == 0
-    assert got == parts
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_the_cache_may_have_another_dtype(cache_dtype: str, implementation: Any) -> None:
+    case = CASES["window"]
+    q, k, v, _ = poisoned(case, "float32", cache_dtype=cache_dtype)
+    r = draw_probe(draw(case.shape, "float32"))
+    got = decoder(implementation, case.window)(q, r, k, v, case.hidden())
+    assert got.dtype == jnp.float32
+    assert worst_row(got, truth(q, r, k, v, case.visible())) <= 2e-5

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 class Entry(NamedTuple):
-    """An entry of PARALLAX_TABLE, or with ``kernel`` "decode" of a step's launches."""
+    """A kernel of PARALLAX_TABLE, or one of a step's: "gather" or "merge"."""
 
     capability: int
     kernel: str
@@ -36,14 +36,20 @@ SPILLS = {
     Entry(90, "forward", "bfloat16", 64): 0,
     Entry(90, "query", "bfloat16", 64): 0,
     Entry(90, "key", "bfloat16", 64): 0,
-    Entry(90, "decode", "bfloat16", 64): 0,
+    Entry(90, "gather", "bfloat16", 64): 0,
+    Entry(90, "gather", "float8_e4m3fn", 64): 0,
+    Entry(90, "gather", "float32", 64): 48,
+    Entry(90, "merge", "bfloat16", 64): 0,
     Entry(90, "forward", "bfloat16", 128): 132,
     Entry(90, "query", "bfloat16", 128): 0,
     Entry(90, "key", "bfloat16", 128): 56,
-    Entry(90, "decode", "bfloat16", 128): 40,
+    Entry(90, "gather", "bfloat16", 128): 0,
+    Entry(90, "gather", "bfloat16", 256): 0,
+    Entry(90, "merge", "bfloat16", 256): 0,
     Entry(80, "forward", "bfloat16", 64): 68,
     Entry(80, "query", "bfloat16", 64): 0,
     Entry(80, "key", "bfloat16", 64): 24,
+    Entry(80, "gather", "bfloat16", 128): 0,
     Entry(80, "forward", "float32", 64): 24,
     Entry(80, "query", "float32", 64): 0,
     Entry(80, "key", "float32", 64): 0,
@@ -63,15 +69,16 @@ def compile_entry(entry: Entry) -> Report:
         end = jnp.full((1, 1), LENGTH, jnp.int32)
         seen = Visibility(0 * end, end, None, None, None, None, False, False)
         first = jnp.zeros((1, 1, 2), jnp.int32)
+        chosen = parallax_decode_call.plan_for(k, v, options.precision, entry.capability)
         return parallax_decode_call.decode(
-            q, k, v, r, seen, first, qk_scale=options.qk_scale, precision=options.precision
+            q, k, v, r, seen, first, qk_scale=options.qk_scale, precision=options.precision, plan=chosen
         )
 
-    decodes = entry.kernel == "decode"
-    q = jax.ShapeDtypeStruct((1, 1 if decodes else LENGTH, 2, entry.dim), entry.dtype)
+    decodes = entry.kernel in ("gather", "merge")
+    dtype = "bfloat16" if entry.dtype.startswith("float8") else entry.dtype
+    q = jax.ShapeDtypeStruct((1, 1 if decodes else LENGTH, 2, entry.dim), dtype)
     k = jax.ShapeDtypeStruct((1, LENGTH, 1, entry.dim), entry.dtype)
-    calls = recorded(step if decodes else gradients, q, q, k, k)
-    return compile_call(*calls["forward" if decodes else entry.kernel], entry.capability)
+    return compile_call(*recorded(step if decodes else gradients, q, q, k, k)[entry.kernel], entry.capability)
 
 
 @pytest.fixture(scope="module")

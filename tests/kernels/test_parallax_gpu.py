@@ -11,7 +11,9 @@ import pytest
 
 from flashlla_jax import parallax_attention, parallax_decode
 from tests.cases import KINDS, Inputs, Shape, draw, relative_error
-from tests.decode.parallax_decode_tests import ParallaxDecodeTests
+from tests.decode.decode_tests import Case, poisoned, worst_row
+from tests.decode.parallax_decode_tests import ParallaxDecodeTests, decoder
+from tests.decode.parallax_decode_tests import truth as step_truth
 from tests.kernels.test_gpu import TILE_SHAPES
 from tests.parallax_tests import NAMES, ParallaxTests, draw_probe, evaluate, truth
 
@@ -109,10 +111,31 @@ class TestParallaxDecodeTriton(ParallaxDecodeTests):
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_a_long_bfloat16_cache(dim: int) -> None:
-    """In several parts, as the whole sequence has it."""
+    """In several splits, as the whole sequence has it."""
     inputs = draw(Shape(2, 4096, 4096, 4, 2, dim, dim), "bfloat16")
     probe = draw_probe(inputs)
     whole = parallax_attention(inputs.q, probe, *inputs[1:3], implementation="triton")[:, 3999:4000]
     at = slice(3999, 4000)
     got = parallax_decode(inputs.q[:, at], probe[:, at], *inputs[1:3], 4000, implementation="triton")
     assert relative_error(got, whole) <= 6e-3  # two roundings of each side
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bfloat16_step_s_accuracy(kind: str, dim: int) -> None:
+    """The promise for the output of a call, 3e-3, on every kind of keys."""
+    case = Case(Shape(2, 3, 1000, 4, 2, dim, dim), [1000, 500])
+    q, k, v, _ = poisoned(case, "bfloat16", kind)
+    r = draw_probe(draw(case.shape, "bfloat16"))
+    got = decoder("triton", None)(q, r, k, v, case.hidden())
+    assert relative_error(got, jnp.asarray(step_truth(q, r, k, v, case.visible()))) <= 3e-3
+
+
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
+def test_the_cache_may_have_another_dtype(cache_dtype: str) -> None:
+    case = Case(Shape(2, 1, 1000, 4, 2, 64, 64), [1000, 500])
+    q, k, v, _ = poisoned(case, "float32", cache_dtype=cache_dtype)
+    r = draw_probe(draw(case.shape, "float32"))
+    got = decoder("triton", None)(q, r, k, v, case.hidden())
+    # weights are hi + lo halves of bfloat16, 2^-17
+    assert worst_row(got, step_truth(q, r, k, v, case.visible())) <= 1e-4
