@@ -29,13 +29,14 @@ from flashlla_jax.kernels.tiles import (
     query_program,
     rounded_product,
     some,
+    store_full,
     store_pairs,
     store_queries,
     store_rows,
     weights,
     with_row,
 )
-from flashlla_jax.kernels.visible import key_tile, load_intervals, load_tiles, table_row, visible_to
+from flashlla_jax.kernels.visible import key_tile, load_intervals, load_tiles, visible_to_queries
 
 
 class Solutions(NamedTuple):
@@ -214,29 +215,31 @@ def query_kernel(
     The pairs are the lse of its weights with a0, and b0 with c0; they have a place for every row of the last tile.
     EXACT: three more numbers, near_x with near_u, and the rest of the lse.
     """
-    tiles, tile, batch, head, kv_head = query_program(T, c)
-    m0 = tile * c.BM
+    at = query_program(order, T, c)
+    if c.CUT:
+        if at.m0 >= at.stop:
+            return
+    m0, stop, batch, head, kv_head = at.m0, at.stop, at.batch, at.head, at.kv_head
     row_base = batch.to(tl.int64) * T * c.HEADS + head
-    row = table_row(batch, head, tiles, tile, c)
-    visible = visible_to(start, end, query_ids, key_ids, mask, order + row * tl.cdiv(S, c.BN), batch, head, T, S, c)
+    visible = visible_to_queries(start, end, query_ids, key_ids, mask, order, at, T, S, c)
     keys = Keys(
         head_base(k, batch, S, kv_head, c.KV_HEADS, c.D),
         head_base(v, batch, S, kv_head, c.KV_HEADS, c.DV),
         load_origin(origins, m0, batch, kv_head, T, c),
-        load_tiles(table, row),
+        load_tiles(table, at.row),
         visible,
     )
-    Q = load_queries(head_base(q, batch, T, head, c.HEADS, c.D), m0, T, True, c)
-    G = load_cotangents(head_base(g, batch, T, head, c.HEADS, c.DV), m0, T, True, c)
-    lam = load_rows(lam_ptr + row_base, m0, T, c.HEADS, c.BM, 1.0)
-    lse = load_rows(lse_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
-    damping = load_rows(damping_ptr + row_base, m0, T, c.HEADS, c.BM, 1.0)
+    Q = load_queries(head_base(q, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
+    G = load_cotangents(head_base(g, batch, T, head, c.HEADS, c.DV), m0, stop, True, c)
+    lam = load_rows(lam_ptr + row_base, m0, stop, c.HEADS, c.BM, 1.0)
+    lse = load_rows(lse_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
+    damping = load_rows(damping_ptr + row_base, m0, stop, c.HEADS, c.BM, 1.0)
     intervals = load_intervals(visible, m0, c)
     lse_rest = lse
     if c.EXACT:
-        lse_rest = load_rows(lse_rest_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
+        lse_rest = load_rows(lse_rest_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
     rows = Rows(Q, lse, lse_rest, tl.zeros((c.BM, c.DP), tl.float32), lam, intervals)
-    omega = load_rows(omega_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
+    omega = load_rows(omega_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
     hard = is_hard(lam, omega, key_scale(keys, c), c)
 
     # gamma relative to that of a value that the queries see
@@ -252,49 +255,49 @@ def query_kernel(
     rows = Rows(Q, lse, lse_rest, kbar, lam, intervals)
     u = solve(y, rows, keys, hard, c).x
 
-    x_hi = load_queries(head_base(x_hi_ptr, batch, T, head, c.HEADS, c.D), m0, T, True, c)
+    x_hi = load_queries(head_base(x_hi_ptr, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
     u_hi = as_operand(-u, Q.dtype, c.PRECISION)
-    store_queries(head_base(u_hi_ptr, batch, T, head, c.HEADS, c.D), u_hi, m0, T, c)
+    store_queries(head_base(u_hi_ptr, batch, T, head, c.HEADS, c.D), u_hi, m0, stop, c)
     x_used = x_hi.to(tl.float32)
     u_used = u_hi.to(tl.float32)
     x_lo = x_hi
     u_lo = u_hi
     with_low = False
     if c.HALVES:
-        x_lo = load_queries(head_base(x_lo_ptr, batch, T, head, c.HEADS, c.D), m0, T, True, c)
+        x_lo = load_queries(head_base(x_lo_ptr, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
         x_used += x_lo.to(tl.float32)
         # u goes with x: where the forward pass left x's low half at 0, u's is left out too. NaN counts as a low half.
         with_low = (tl.max(tl.sum(tl.abs(x_lo.to(tl.float32)), 1), 0) <= 0.0) == 0
         u_lo = as_operand(tl.where(with_low, -u - u_used, 0.0), Q.dtype, c.PRECISION)
-        store_queries(head_base(u_lo_ptr, batch, T, head, c.HEADS, c.D), u_lo, m0, T, c)
+        store_queries(head_base(u_lo_ptr, batch, T, head, c.HEADS, c.D), u_lo, m0, stop, c)
         u_used += u_lo.to(tl.float32)
-        store_rows(low_ptr + row_base, tl.zeros((c.BM,), tl.int32) + with_low.to(tl.int32), m0, T, c.HEADS, c.BM)
+        store_rows(low_ptr + row_base, tl.zeros((c.BM,), tl.int32) + with_low.to(tl.int32), m0, stop, c.HEADS, c.BM)
     near_x = -tl.sum(x_used * kbar, 1)
     near_u = -tl.sum(u_used * kbar, 1)
     a0 = 1.0 + near_x
     b0 = near_u - gbar
     if c.EXACT:
-        near_x = load_rows(near_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
-        a0 = load_rows(a0_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
+        near_x = load_rows(near_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
+        a0 = load_rows(a0_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
         b0 = -gbar
         b0 -= mean_of_b(rows, G, keys, Solutions(x_hi, x_lo, u_hi, u_lo, near_x, near_u, a0, b0, lam), c)
     elif c.CAREFUL_ABOVE < float("inf"):  # as the forward pass found it: so that the a_ij sum to 1
-        a0 = load_rows(a0_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
+        a0 = load_rows(a0_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
     dlam = -tl.sum(u * x_used, 1)
     c0 = lam * dlam
-    store_rows(dlam_ptr + row_base, dlam * damping, m0, T, c.HEADS, c.BM)
-    valid = m0 + tl.arange(0, c.BM) < T  # the key kernel reads the other rows of the tile too: of weight zero
-    first_row = (batch.to(tl.int64) * c.HEADS + head) * tiles * c.BM
+    store_rows(dlam_ptr + row_base, dlam * damping, m0, stop, c.HEADS, c.BM)
+    valid = m0 + tl.arange(0, c.BM) < stop  # the key kernel reads the other rows of the tile too: of weight zero
+    first_row = (batch.to(tl.int64) * c.HEADS + head) * tl.cdiv(T, c.BM) * c.BM
     pairs = first_row * 2
     if c.EXACT:
         weight_rest = tl.where(valid, lse_rest - tl.math.log2(damping), float("inf"))
         weight_lse = tl.where(valid, lse, 0.0)
-        tl.store(weight_rest_ptr + first_row + m0 + tl.arange(0, c.BM), weight_rest)
-        store_pairs(nears_ptr + pairs, tl.where(valid, near_x, 0.0), tl.where(valid, near_u, 0.0), m0, c.BM)
+        store_full(weight_rest_ptr + first_row, weight_rest, at, 1, c)
+        store_pairs(nears_ptr + pairs, tl.where(valid, near_x, 0.0), tl.where(valid, near_u, 0.0), at, c)
     else:
         weight_lse = tl.where(valid, lse - tl.math.log2(damping), float("inf"))
-    store_pairs(lse_a0_ptr + pairs, weight_lse, tl.where(valid, a0, 0.0), m0, c.BM)
-    store_pairs(b0_c0_ptr + pairs, tl.where(valid, b0, 0.0), tl.where(valid, c0, 0.0), m0, c.BM)
+    store_pairs(lse_a0_ptr + pairs, weight_lse, tl.where(valid, a0, 0.0), at, c)
+    store_pairs(b0_c0_ptr + pairs, tl.where(valid, b0, 0.0), tl.where(valid, c0, 0.0), at, c)
 
     solutions = Solutions(x_hi, x_lo, u_hi, u_lo, near_x, near_u, a0, b0, c0)
     if with_low:
@@ -302,4 +305,4 @@ def query_kernel(
     else:
         acc = query_gradient(rows, G, keys, solutions, False, c)
     out = (c.QK_SCALE * acc + u) * damping[:, None]
-    store_queries(head_base(dq, batch, T, head, c.HEADS, c.D), out, m0, T, c)
+    store_queries(head_base(dq, batch, T, head, c.HEADS, c.D), out, m0, stop, c)

@@ -30,6 +30,7 @@ class Constants:
         IDS: ids are compared inside the intervals.
         MASK: a boolean mask is looked at there, and the tiles visited are listed.
         MASK_B, MASK_N, MASK_T, MASK_S: which axes the mask has; the others are of size 1.
+        CUT: one tile of queries of so many may be cut, and the programs of all parts are listed; 0: none, and no list.
         PER_BATCH: intervals, ids and tables are a batch entry's own, else shared.
         PER_HEAD: lists are a head's own, else shared.
         RTOL, HARD_RTOL, ATOL, ENERGY, MAX_ITERS, PRECONDITION, FINISH: how the solve stops, see ``solver.py``.
@@ -65,6 +66,7 @@ class Constants:
     MASK_N: bool
     MASK_T: bool
     MASK_S: bool
+    CUT: int
     PER_BATCH: bool
     PER_HEAD: bool
     RTOL: float

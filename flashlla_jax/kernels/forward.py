@@ -31,7 +31,7 @@ from flashlla_jax.kernels.tiles import (
     weights,
     with_row,
 )
-from flashlla_jax.kernels.visible import key_tile, load_intervals, load_tiles, table_row, visible_to
+from flashlla_jax.kernels.visible import key_tile, load_intervals, load_tiles, visible_to_queries
 
 # The lse of a query that sees no key: its weights are then 0 wherever they are computed. And the largest logit before
 # any: finite, so that a first tile that is all hidden leaves no inf - inf.
@@ -194,27 +194,31 @@ def forward_kernel(
     LOW_ABOVE: the low half of x is used where it moves some kc.x by more than this. CAREFUL_ABOVE (inf: never): what
     the halves leave of x is used, and the a_ij are made to sum to 1, where that does.
     """
-    tiles, tile, batch, head, kv_head = query_program(T, c)
-    m0 = tile * c.BM
+    at = query_program(order, T, c)
+    if c.CUT:
+        if at.m0 >= at.stop:
+            return
+    m0, stop, batch, head, kv_head = at.m0, at.stop, at.batch, at.head, at.kv_head
     row_base = batch.to(tl.int64) * T * c.HEADS + head
-    row = table_row(batch, head, tiles, tile, c)
-    visible = visible_to(start, end, query_ids, key_ids, mask, order + row * tl.cdiv(S, c.BN), batch, head, T, S, c)
+    visible = visible_to_queries(start, end, query_ids, key_ids, mask, order, at, T, S, c)
     origin = load_origin(origins, m0, batch, kv_head, T, c)
     keys = Keys(
         head_base(k, batch, S, kv_head, c.KV_HEADS, c.D),
         head_base(v, batch, S, kv_head, c.KV_HEADS, c.DV),
         origin,
-        load_tiles(table, row),
+        load_tiles(table, at.row),
         visible,
     )
-    Q = load_queries(head_base(q, batch, T, head, c.HEADS, c.D), m0, T, True, c)
-    lam = load_rows(lam_ptr + row_base, m0, T, c.HEADS, c.BM, 1.0)
+    Q = load_queries(head_base(q, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
+    lam = load_rows(lam_ptr + row_base, m0, stop, c.HEADS, c.BM, 1.0)
     intervals = load_intervals(visible, m0, c)
     zeros = tl.zeros((c.BM,), tl.float32)
     rows = Rows(Q, zeros, zeros, tl.zeros((c.BM, c.DP), tl.float32), lam, intervals)
 
     top, omega, kbar = statistics(rows, keys, c.SPLIT_BELOW == float("inf"), c)
     blind = intervals.end <= intervals.start
+    if c.CUT:  # rows of the other part only take steps
+        blind = blind | (m0 + tl.arange(0, c.BM) >= stop)
     if c.MASK:  # the interval is that of all heads
         blind = blind | (omega == 0.0)
     omega = tl.where(blind, 0.0, omega)
@@ -240,7 +244,7 @@ def forward_kernel(
     x = tl.where(((lam == lam) | blind)[:, None], solved.x, float("nan"))  # a bad ridge never gives a plausible number
 
     hi = as_operand(-x, Q.dtype, c.PRECISION)
-    store_queries(head_base(x_hi, batch, T, head, c.HEADS, c.D), hi, m0, T, c)
+    store_queries(head_base(x_hi, batch, T, head, c.HEADS, c.D), hi, m0, stop, c)
     used = hi.to(tl.float32)
     lo = as_operand(-x - used, Q.dtype, c.PRECISION)
     with_low = False
@@ -248,7 +252,7 @@ def forward_kernel(
         # a low half that does not matter is stored as 0, so that the backward pass uses the same x
         with_low = matters(lo, scale2, c.LOW_ABOVE)
         lo = tl.where(with_low, lo, 0.0).to(Q.dtype)
-        store_queries(head_base(x_lo, batch, T, head, c.HEADS, c.D), lo, m0, T, c)
+        store_queries(head_base(x_lo, batch, T, head, c.HEADS, c.D), lo, m0, stop, c)
         used += lo.to(tl.float32)
     rest = lo
     careful = False
@@ -262,20 +266,20 @@ def forward_kernel(
         a0 = -mean_with(zeros, rows, keys, Solution(hi, lo, rest, near, zeros), c)
     damping = total / (total + c.DELTA_EPS * (1.0 + tl.sum(m * x, 1)))
 
-    store_rows(lse_ptr + row_base, lse, m0, T, c.HEADS, c.BM)
+    store_rows(lse_ptr + row_base, lse, m0, stop, c.HEADS, c.BM)
     logsumexp += c.SCALE * taken_off
-    store_rows(logsumexp_ptr + row_base, logsumexp * 0.6931471805599453, m0, T, c.HEADS, c.BM)  # ln 2
+    store_rows(logsumexp_ptr + row_base, logsumexp * 0.6931471805599453, m0, stop, c.HEADS, c.BM)  # ln 2
     if c.EXACT:
-        store_rows(lse_rest_ptr + row_base, lse_rest, m0, T, c.HEADS, c.BM)
-        store_rows(near_ptr + row_base, near, m0, T, c.HEADS, c.BM)
+        store_rows(lse_rest_ptr + row_base, lse_rest, m0, stop, c.HEADS, c.BM)
+        store_rows(near_ptr + row_base, near, m0, stop, c.HEADS, c.BM)
     if c.EXACT:
-        store_rows(a0_ptr + row_base, a0, m0, T, c.HEADS, c.BM)
-    store_rows(damping_ptr + row_base, damping, m0, T, c.HEADS, c.BM)
-    store_rows(omega_ptr + row_base, omega, m0, T, c.HEADS, c.BM)
-    store_rows(iterations_ptr + row_base, solved.iterations, m0, T, c.HEADS, c.BM)
-    store_rows(residual_ptr + row_base, solved.residual_norm, m0, T, c.HEADS, c.BM)
-    store_rows(error_ptr + row_base, solved.error, m0, T, c.HEADS, c.BM)
-    store_rows(converged_ptr + row_base, solved.converged, m0, T, c.HEADS, c.BM)
+        store_rows(a0_ptr + row_base, a0, m0, stop, c.HEADS, c.BM)
+    store_rows(damping_ptr + row_base, damping, m0, stop, c.HEADS, c.BM)
+    store_rows(omega_ptr + row_base, omega, m0, stop, c.HEADS, c.BM)
+    store_rows(iterations_ptr + row_base, solved.iterations, m0, stop, c.HEADS, c.BM)
+    store_rows(residual_ptr + row_base, solved.residual_norm, m0, stop, c.HEADS, c.BM)
+    store_rows(error_ptr + row_base, solved.error, m0, stop, c.HEADS, c.BM)
+    store_rows(converged_ptr + row_base, solved.converged, m0, stop, c.HEADS, c.BM)
 
     solution = Solution(hi, lo, rest, near, a0)
     a0_without_rest = a0  # for the backward pass, whose x has no rest
@@ -288,6 +292,6 @@ def forward_kernel(
     else:
         out = output(rows, keys, solution, False, False, c)
     if c.CAREFUL_ABOVE < float("inf"):
-        store_rows(a0_ptr + row_base, a0_without_rest, m0, T, c.HEADS, c.BM)
+        store_rows(a0_ptr + row_base, a0_without_rest, m0, stop, c.HEADS, c.BM)
     base = head_base(o, batch, T, head, c.HEADS, c.DV)
-    store_tile(base, out * damping[:, None], m0, T, c.HEADS * c.DV, c.DV, c.BM, c.DVP)
+    store_tile(base, out * damping[:, None], m0, stop, c.HEADS * c.DV, c.DV, c.BM, c.DVP)

@@ -39,6 +39,7 @@ from flashlla_jax.kernels.tiles import (
     query_program,
     relative_queries,
     rounded_product,
+    store_full,
     store_pairs,
     store_queries,
     store_rows,
@@ -54,6 +55,7 @@ from flashlla_jax.kernels.visible import (
     sees,
     table_row,
     visible_to,
+    visible_to_queries,
     visited,
 )
 
@@ -167,21 +169,23 @@ def forward_kernel(
     c: tl.constexpr,
 ):
     """The output of a tile of queries, and for the backward kernels vbar, o - vbar, the normaliser and t."""
-    tiles, tile, batch, head, kv_head = query_program(T, c)
-    m0 = tile * c.BM
+    at = query_program(order, T, c)
+    if c.CUT:
+        if at.m0 >= at.stop:
+            return
+    m0, stop, batch, head, kv_head = at.m0, at.stop, at.batch, at.head, at.kv_head
     row_base = batch.to(tl.int64) * T * c.HEADS + head
-    row = table_row(batch, head, tiles, tile, c)
-    visible = visible_to(start, end, query_ids, key_ids, mask, order + row * tl.cdiv(S, c.BN), batch, head, T, S, c)
+    visible = visible_to_queries(start, end, query_ids, key_ids, mask, order, at, T, S, c)
     origin = load_origin(origins, m0, batch, kv_head, T, c)
     keys = Keys(
         head_base(k, batch, S, kv_head, c.KV_HEADS, c.D),
         head_base(v, batch, S, kv_head, c.KV_HEADS, c.DV),
         origin,
-        load_tiles(table, row),
+        load_tiles(table, at.row),
         visible,
     )
-    Q = load_queries(head_base(q, batch, T, head, c.HEADS, c.D), m0, T, True, c)
-    R = load_queries(head_base(r, batch, T, head, c.HEADS, c.D), m0, T, True, c)
+    Q = load_queries(head_base(q, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
+    R = load_queries(head_base(r, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
     intervals = load_intervals(visible, m0, c)
     zeros = tl.zeros((c.BM,), tl.float32)
     found = attend(Rows(Q, zeros, zeros, Q, zeros, intervals), R, keys, c)
@@ -199,16 +203,16 @@ def forward_kernel(
         logsumexp = lse
     _, taken_off = relative_queries(Q, origin, anchors, m0, batch, kv_head, T, c)
     logsumexp += c.SCALE * taken_off
-    store_rows(lse_ptr + row_base, lse, m0, T, c.HEADS, c.BM)
+    store_rows(lse_ptr + row_base, lse, m0, stop, c.HEADS, c.BM)
     if c.EXACT:
-        store_rows(lse_rest_ptr + row_base, lse_rest, m0, T, c.HEADS, c.BM)
-    store_rows(t_ptr + row_base, tl.where(blind, 0.0, found.t), m0, T, c.HEADS, c.BM)
-    store_rows(omega_ptr + row_base, omega, m0, T, c.HEADS, c.BM)
-    store_rows(logsumexp_ptr + row_base, logsumexp * 0.6931471805599453, m0, T, c.HEADS, c.BM)  # ln 2
+        store_rows(lse_rest_ptr + row_base, lse_rest, m0, stop, c.HEADS, c.BM)
+    store_rows(t_ptr + row_base, tl.where(blind, 0.0, found.t), m0, stop, c.HEADS, c.BM)
+    store_rows(omega_ptr + row_base, omega, m0, stop, c.HEADS, c.BM)
+    store_rows(logsumexp_ptr + row_base, logsumexp * 0.6931471805599453, m0, stop, c.HEADS, c.BM)  # ln 2
     base = batch.to(tl.int64) * T * c.HEADS * c.DV + head * c.DV
-    store_tile(o + base, vbar + excess, m0, T, c.HEADS * c.DV, c.DV, c.BM, c.DVP)
-    store_tile(vbar_ptr + base, vbar, m0, T, c.HEADS * c.DV, c.DV, c.BM, c.DVP)
-    store_tile(excess_ptr + base, excess, m0, T, c.HEADS * c.DV, c.DV, c.BM, c.DVP)
+    store_tile(o + base, vbar + excess, m0, stop, c.HEADS * c.DV, c.DV, c.BM, c.DVP)
+    store_tile(vbar_ptr + base, vbar, m0, stop, c.HEADS * c.DV, c.DV, c.BM, c.DVP)
+    store_tile(excess_ptr + base, excess, m0, stop, c.HEADS * c.DV, c.DV, c.BM, c.DVP)
 
 
 @triton.jit
@@ -285,45 +289,47 @@ def query_kernel(
     c: tl.constexpr,
 ):
     """dq, dr, and for the key kernel two pairs of each row of a tile: the lse with t, and gbar with c."""
-    tiles, tile, batch, head, kv_head = query_program(T, c)
-    m0 = tile * c.BM
+    at = query_program(order, T, c)
+    if c.CUT:
+        if at.m0 >= at.stop:
+            return
+    m0, stop, batch, head, kv_head = at.m0, at.stop, at.batch, at.head, at.kv_head
     row_base = batch.to(tl.int64) * T * c.HEADS + head
-    row = table_row(batch, head, tiles, tile, c)
-    visible = visible_to(start, end, query_ids, key_ids, mask, order + row * tl.cdiv(S, c.BN), batch, head, T, S, c)
+    visible = visible_to_queries(start, end, query_ids, key_ids, mask, order, at, T, S, c)
     keys = Keys(
         head_base(k, batch, S, kv_head, c.KV_HEADS, c.D),
         head_base(v, batch, S, kv_head, c.KV_HEADS, c.DV),
         load_origin(origins, m0, batch, kv_head, T, c),
-        load_tiles(table, row),
+        load_tiles(table, at.row),
         visible,
     )
-    Q = load_queries(head_base(q, batch, T, head, c.HEADS, c.D), m0, T, True, c)
-    R = load_queries(head_base(r, batch, T, head, c.HEADS, c.D), m0, T, True, c)
-    G = load_cotangents(head_base(g, batch, T, head, c.HEADS, c.DV), m0, T, True, c)
-    vbar = load_cotangents(head_base(vbar_ptr, batch, T, head, c.HEADS, c.DV), m0, T, True, c)
+    Q = load_queries(head_base(q, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
+    R = load_queries(head_base(r, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
+    G = load_cotangents(head_base(g, batch, T, head, c.HEADS, c.DV), m0, stop, True, c)
+    vbar = load_cotangents(head_base(vbar_ptr, batch, T, head, c.HEADS, c.DV), m0, stop, True, c)
     gbar = tl.sum(G.to(tl.float32) * vbar, 1)
-    excess = load_cotangents(head_base(excess_ptr, batch, T, head, c.HEADS, c.DV), m0, T, True, c)
+    excess = load_cotangents(head_base(excess_ptr, batch, T, head, c.HEADS, c.DV), m0, stop, True, c)
     cc = -tl.sum(G.to(tl.float32) * excess.to(tl.float32), 1)
-    lse = load_rows(lse_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
-    t = load_rows(t_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
+    lse = load_rows(lse_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
+    t = load_rows(t_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
     lse_rest = lse
     if c.EXACT:
-        lse_rest = load_rows(lse_rest_ptr + row_base, m0, T, c.HEADS, c.BM, 0.0)
+        lse_rest = load_rows(lse_rest_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
 
-    valid = m0 + tl.arange(0, c.BM) < T  # the key kernel reads the other rows of the tile too: of weight zero
-    first_row = (batch.to(tl.int64) * c.HEADS + head) * tiles * c.BM
+    valid = m0 + tl.arange(0, c.BM) < stop  # the key kernel reads the other rows of the tile too: of weight zero
+    first_row = (batch.to(tl.int64) * c.HEADS + head) * tl.cdiv(T, c.BM) * c.BM
     nothing = tl.where(valid, 0.0, float("inf"))
     if c.EXACT:
-        tl.store(weight_rest_ptr + first_row + m0 + tl.arange(0, c.BM), lse_rest + nothing)
-        store_pairs(lse_t_ptr + first_row * 2, lse, t, m0, c.BM)
+        store_full(weight_rest_ptr + first_row, lse_rest + nothing, at, 1, c)
+        store_pairs(lse_t_ptr + first_row * 2, lse, t, at, c)
     else:
-        store_pairs(lse_t_ptr + first_row * 2, lse + nothing, t, m0, c.BM)
-    store_pairs(gbar_c_ptr + first_row * 2, gbar, cc, m0, c.BM)
+        store_pairs(lse_t_ptr + first_row * 2, lse + nothing, t, at, c)
+    store_pairs(gbar_c_ptr + first_row * 2, gbar, cc, at, c)
 
     rows = Rows(Q, lse, lse_rest, Q, lse, load_intervals(visible, m0, c))
     acc_q, acc_r = query_gradients(rows, R, G, t, gbar, cc, keys, c)
-    store_queries(head_base(dq, batch, T, head, c.HEADS, c.D), c.QK_SCALE * acc_q, m0, T, c)
-    store_queries(head_base(dr, batch, T, head, c.HEADS, c.D), -acc_r, m0, T, c)
+    store_queries(head_base(dq, batch, T, head, c.HEADS, c.D), c.QK_SCALE * acc_q, m0, stop, c)
+    store_queries(head_base(dr, batch, T, head, c.HEADS, c.D), -acc_r, m0, stop, c)
 
 
 @triton.jit

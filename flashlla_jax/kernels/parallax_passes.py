@@ -41,11 +41,11 @@ def forward(
     problem = Problem.of(query, key, value, seen, options, plan)
     batch, T, S, heads, _, _, value_dim = problem.shape
     shape = plan.forward
-    table = by_query_tiles(seen, S, shape.BM, shape.BN)
+    table = by_query_tiles(seen, S, shape.BM, shape.BN, problem.cut)
     out = (batch, T, heads, value_dim)
     o, vbar, excess, lse, lse_rest, t, omega, logsumexp = launch.call(
         forward_kernel,
-        -(-T // shape.BM) * batch * heads,
+        table.rows.shape[2] * batch * heads,
         (query, problem.key, value, probe, *problem.visible(table), problem.origins(), problem.anchors()),
         (T, S),
         (
@@ -82,13 +82,13 @@ def backward(
     batch, T, S, heads, kv_heads, _, _ = problem.shape
     origin = problem.origins()
     shape = plan.query
-    table = by_query_tiles(seen, S, shape.BM, shape.BN)
+    table = by_query_tiles(seen, S, shape.BM, shape.BN, problem.cut)
     tiles = -(-T // shape.BM)
     pairs = jax.ShapeDtypeStruct((batch, heads, tiles * shape.BM, 2), jnp.float32)
     rests = jax.ShapeDtypeStruct(pairs.shape[:3] if plan.arithmetic.exact else (1, 1, 1), jnp.float32)
     dq, dr, lse_t, gbar_c, rest = launch.call(
         query_kernel,
-        tiles * batch * heads,
+        table.rows.shape[2] * batch * heads,
         (query, problem.key, value, probe, *problem.visible(table), origin, *saved, g),
         (T, S),
         (

@@ -19,6 +19,9 @@ from flashlla_jax.visibility import Visibility
 
 _LOG2_E = math.log2(math.e)
 _LEAST_STEEPNESS = 1e-30  # moves no logit
+# One tile of queries of so many may be cut where documents meet: documents of four tiles and more are then all served.
+# Programs that are not needed end at once.
+_CUT = 4
 ORIGIN_ROWS = 32  # queries that share an origin of the keys: kernels/tiles.py, load_origin
 
 
@@ -97,6 +100,11 @@ class Problem(NamedTuple):
         found = origins(self.key, self.seen, ORIGIN_ROWS).astype(jnp.float32)
         return jnp.broadcast_to(found, (self.query.shape[0], *found.shape[1:]))
 
+    @property
+    def cut(self) -> int:
+        """For ``by_query_tiles``: tiles are cut where segments may meet in one."""
+        return _CUT if self.seen.query_ids is not None and self.seen.mask is None else 0
+
     def visible(self, table: Table) -> tuple[Array, ...]:
         """The visibility as the kernels take it: one number where there is none, all or none by batch entry."""
         seen = self.seen
@@ -148,6 +156,7 @@ class Problem(NamedTuple):
             IDS=self.seen.query_ids is not None,
             MASK=mask is not None,
             **dict(zip(("MASK_B", "MASK_N", "MASK_T", "MASK_S"), axes, strict=True)),
+            CUT=self.cut,
             PER_BATCH=self._visibilities(table) > 1,
             PER_HEAD=table.rows.shape[1] > 1,
             RTOL=rtol,
@@ -171,11 +180,11 @@ def forward(
     problem = Problem.of(query, key, value, seen, options, plan)
     batch, T, S, heads, _, _, value_dim = problem.shape
     shape = plan.forward
-    table = by_query_tiles(seen, S, shape.BM, shape.BN)
+    table = by_query_tiles(seen, S, shape.BM, shape.BN, problem.cut)
     row, exact_row = problem.row(), problem.exact_row()
     o, x_hi, x_lo, lse, lse_rest, near, a0, damping, omega, logsumexp, *of_solve = launch.call(
         forward_kernel,
-        -(-T // shape.BM) * batch * heads,
+        table.rows.shape[2] * batch * heads,
         (query, problem.key, value, lam, *problem.visible(table), problem.origins(), problem.anchors()),
         (T, S),
         (
@@ -221,7 +230,7 @@ def backward(
     batch, T, S, heads, kv_heads, _, _ = problem.shape
     origin = problem.origins()
     shape = plan.query
-    table = by_query_tiles(seen, S, shape.BM, shape.BN)
+    table = by_query_tiles(seen, S, shape.BM, shape.BN, problem.cut)
     tiles = -(-T // shape.BM)
     pairs = jax.ShapeDtypeStruct((batch, heads, tiles * shape.BM, 2), jnp.float32)
     nears, rests = pairs, jax.ShapeDtypeStruct(pairs.shape[:3], jnp.float32)
@@ -229,7 +238,7 @@ def backward(
         nears = rests = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
     dq, dlam, u_hi, u_lo, *of_rows, low = launch.call(
         query_kernel,
-        tiles * batch * heads,
+        table.rows.shape[2] * batch * heads,
         (query, problem.key, value, lam, *problem.visible(table), origin, *saved, g),
         (T, S),
         (

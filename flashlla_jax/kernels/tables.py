@@ -4,6 +4,11 @@ A row, one for every tile of the program's own side, holds four numbers of tiles
 visited, the first that is visible as a whole, one past the last such, and one past the last visited. From intervals
 this takes memory linear in both lengths. With a mask the numbers are places in a list of the tiles that have something
 to see, the whole ones first.
+
+Where queries of two documents lie in one tile, every query would wait for the slowest, and no key is seen by all of
+them: such a program takes some five times as long as others with as many keys, and a few of them at the end of a kernel
+keep all others waiting. So there a tile may be cut in two, at the boundary, and the programs of all parts are listed,
+those with the most work first.
 """
 
 from __future__ import annotations
@@ -18,7 +23,11 @@ from flashlla_jax.visibility import Visibility, dense
 
 
 class Table(NamedTuple):
-    """The arrays for a kernel: the table, and with a mask the list that it points into (else one number)."""
+    """The arrays for a kernel: the table, and a list (else one number).
+
+    With a mask the table points into the list. Where tiles are cut the list has the queries of each row of the table:
+    the first, and one past the last.
+    """
 
     rows: Int[Array, "B N tiles 4"]
     order: Int[Array, "B N tiles others"]
@@ -33,15 +42,66 @@ class _Extremes(NamedTuple):
     last_end: Array
 
 
-def by_query_tiles(seen: Visibility, keys: int, queries_per_tile: int, keys_per_tile: int) -> Table:
-    """For each tile of queries, the tiles of keys."""
+def by_query_tiles(seen: Visibility, keys: int, queries_per_tile: int, keys_per_tile: int, cut: int = 0) -> Table:
+    """For each tile of queries, the tiles of keys.
+
+    Args:
+        seen: the visibility.
+        keys: how many there are.
+        queries_per_tile: of the kernel.
+        keys_per_tile: of the kernel.
+        cut: one tile of so many may be cut, so there are as many more rows; 0: tiles stay whole and in order.
+    """
     if seen.mask is not None:
         some, every = _summary(seen, keys, queries_per_tile, keys_per_tile)
         return _listed(some, every)
-    tile = _extremes(seen, keys, queries_per_tile)
+    start, end = _by_tile(seen, queries_per_tile)
+    if cut:
+        return _cut(seen, start, end, keys, keys_per_tile, cut)
+    return _table(seen, *_key_tiles(_extremes(start, end, start < end, keys), keys_per_tile))
+
+
+def _cut(seen: Visibility, start: Array, end: Array, keys: int, keys_per_tile: int, cut: int) -> Table:
+    """``by_query_tiles`` of starts and ends (B, tiles, rows) where tiles are cut."""
+    _, tiles, rows = start.shape
+    middle = _cuts(start, keys_per_tile, cut)[..., None]
+    row = jnp.arange(rows, dtype=jnp.int32)[None, None]
+    first = rows * jnp.arange(tiles, dtype=jnp.int32)[None, :, None]
+
+    def parts(first: Array, second: Array) -> Array:
+        return jnp.concatenate([first, second], axis=1)
+
+    sees = parts(row < middle, row >= middle) & parts(start < end, start < end)
+    tile = _extremes(parts(start, start), parts(end, end), sees, keys)
+    table = _table(seen, *_key_tiles(tile, keys_per_tile)).rows[:, 0]
+    m0, stop = parts(first + 0 * middle, first + middle), parts(first + middle, first + rows + 0 * middle)
+    work = jnp.where(m0 < stop, table[..., 3:] - table[..., :1], -1)[..., 0]
+    order = jnp.argsort(-work, axis=1, stable=True)[:, : tiles + tiles // cut, None]
+    listed = jnp.take_along_axis(jnp.concatenate([table, m0, stop], axis=2), order, axis=1)[:, None]
+    return Table(listed[..., :4], listed[..., 4:])
+
+
+def _cuts(start: Int[Array, "B tiles rows"], least: int, cut: int) -> Int[Array, "B tiles"]:
+    """Before which of its queries a tile is cut, where a document begins; its rows: it is not cut.
+
+    One tile of ``cut`` may be, those where the most is saved: the length of the document before, at least ``least``.
+    """
+    tiles, rows = start.shape[1:]
+    step = jnp.diff(start, axis=2)
+    most = jnp.max(step, axis=2)
+    number = jnp.arange(tiles, dtype=jnp.int32)[None]
+    mine, other = most[:, :, None], most[:, None, :]
+    before = (other > mine) | ((other == mine) & (number[:, None, :] < number[:, :, None]))
+    rank = jnp.sum(before, axis=2, dtype=jnp.int32)
+    chosen = (most >= least) & (rank < tiles // cut)
+    return jnp.where(chosen, 1 + jnp.argmax(step, axis=2).astype(jnp.int32), rows)
+
+
+def _key_tiles(tile: _Extremes, keys_per_tile: int) -> tuple[Array, Array, Array, Array]:
+    """The columns of a row, of what the queries of a tile see."""
     low, high = tile.first_start // keys_per_tile, -(-tile.last_end // keys_per_tile)
     low = jnp.minimum(low, high)  # both 0 if nothing is seen
-    return _table(seen, low, -(-tile.last_start // keys_per_tile), tile.first_end // keys_per_tile, high)
+    return low, -(-tile.last_start // keys_per_tile), tile.first_end // keys_per_tile, high
 
 
 def by_key_tiles(seen: Visibility, keys: int, queries_per_tile: int, keys_per_tile: int) -> Table:
@@ -56,7 +116,8 @@ def by_key_tiles(seen: Visibility, keys: int, queries_per_tile: int, keys_per_ti
         if queries % queries_per_tile:  # the last one reaches past the queries
             every = every.at[:, :, -1].set(False)
         return _listed(jnp.swapaxes(some, 2, 3), jnp.swapaxes(every, 2, 3))
-    tile = _extremes(seen, keys, queries_per_tile)
+    start, end = _by_tile(seen, queries_per_tile)
+    tile = _extremes(start, end, start < end, keys)
     last_start = tile.last_start
     if queries % queries_per_tile:
         last_start = last_start.at[:, -1].set(keys)
@@ -82,11 +143,14 @@ def by_key_tiles(seen: Visibility, keys: int, queries_per_tile: int, keys_per_ti
     return _table(seen, jnp.minimum(low, high), whole, whole_end, high)
 
 
-def _extremes(seen: Visibility, keys: int, rows: int) -> _Extremes:
+def _by_tile(seen: Visibility, rows: int) -> tuple[Int[Array, "B tiles rows"], Int[Array, "B tiles rows"]]:
+    """Starts and ends; beyond the last query they are its own."""
     padding = -seen.start.shape[1] % rows
     start, end = (jnp.pad(x, ((0, 0), (0, padding)), mode="edge") for x in (seen.start, seen.end))
-    start, end = (x.reshape(x.shape[0], -1, rows) for x in (start, end))
-    sees = start < end
+    return start.reshape(start.shape[0], -1, rows), end.reshape(end.shape[0], -1, rows)
+
+
+def _extremes(start: Array, end: Array, sees: Array, keys: int) -> _Extremes:
     return _Extremes(
         jnp.min(jnp.where(sees, start, keys), axis=2),
         jnp.max(jnp.where(sees, start, 0), axis=2),

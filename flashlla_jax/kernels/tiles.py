@@ -17,7 +17,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from flashlla_jax.kernels.visible import Intervals, Tiles, Visible, key_tile, sees
+from flashlla_jax.kernels.visible import Intervals, Tiles, Visible, key_tile, sees, table_row
 
 
 class Rows(NamedTuple):
@@ -41,6 +41,18 @@ class Keys(NamedTuple):
     visible: Visible
 
 
+class QueryTile(NamedTuple):
+    """The queries of a program: those of a head from ``m0`` on, BM at the most, before ``stop``."""
+
+    m0: tl.tensor
+    stop: tl.tensor
+    full: tl.tensor  # one past the last that has a place where every row of a tile has one, used or not
+    row: tl.tensor  # of the table
+    batch: tl.tensor
+    head: tl.tensor
+    kv_head: tl.tensor
+
+
 class KeyTile(NamedTuple):
     """The keys and values whose gradients a program forms."""
 
@@ -50,13 +62,26 @@ class KeyTile(NamedTuple):
 
 
 @triton.jit
-def query_program(T, c: tl.constexpr):
-    """For a program with a tile of queries: the number of tiles, then its tile, batch, head and key head."""
-    tiles = tl.cdiv(T, c.BM)
-    tile = tiles - 1 - tl.program_id(0) % tiles  # the longest prefixes first
-    head = tl.program_id(0) // tiles % c.HEADS
-    batch = tl.program_id(0) // tiles // c.HEADS
-    return tiles, tile, batch, head, head // (c.HEADS // c.KV_HEADS)
+def query_program(order, T, c: tl.constexpr):
+    """``QueryTile``: of which queries of a head a program is. Where tiles are cut, ``order`` says it."""
+    count = tl.cdiv(T, c.BM)
+    if c.CUT:
+        count += count // c.CUT
+        head = tl.program_id(0) % c.HEADS  # the most work first
+        number = tl.program_id(0) // c.HEADS % count
+    else:
+        number = count - 1 - tl.program_id(0) % count  # the longest prefixes first
+        head = tl.program_id(0) // count % c.HEADS
+    batch = tl.program_id(0) // count // c.HEADS
+    row = table_row(batch, head, count, number, c)
+    m0 = number * c.BM
+    full = m0 + c.BM
+    stop = T
+    if c.CUT:
+        m0 = tl.load(order + 2 * row)
+        full = tl.load(order + 2 * row + 1)
+        stop = tl.minimum(full, T)
+    return QueryTile(m0, stop, full, row, batch, head, head // (c.HEADS // c.KV_HEADS))
 
 
 @triton.jit
@@ -223,10 +248,19 @@ def load_pairs(base, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_pairs(base, first, second, start, BLOCK: tl.constexpr):
-    rows = start + tl.arange(0, BLOCK)
-    tl.store(base + 2 * rows, first)
-    tl.store(base + 2 * rows + 1, second)
+def store_full(base, values, at, STRIDE: tl.constexpr, c: tl.constexpr):
+    """One number per row of a tile of queries, those beyond the last query too: there is a place for them."""
+    rows = at.m0 + tl.arange(0, c.BM)
+    if c.CUT:
+        tl.store(base + STRIDE * rows, values, mask=rows < at.full)
+    else:
+        tl.store(base + STRIDE * rows, values)
+
+
+@triton.jit
+def store_pairs(base, first, second, at, c: tl.constexpr):
+    store_full(base, first, at, 2, c)
+    store_full(base + 1, second, at, 2, c)
 
 
 @triton.jit

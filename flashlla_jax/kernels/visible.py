@@ -18,7 +18,7 @@ class Visible(NamedTuple):
     key_ids: tl.tensor  # (S,)
     mask: tl.tensor  # (T, S)
     order: tl.tensor  # tiles in the order that they are visited, of the program's own tile
-    T: tl.tensor
+    T: tl.tensor  # one past the last query that counts
     S: tl.tensor
 
 
@@ -53,6 +53,14 @@ def visible_to(start, end, query_ids, key_ids, mask, order, batch, head, T, S, c
     mask_batch = mask_head * c.HEADS if c.MASK_N else mask_head
     mask += batch * mask_batch * c.MASK_B + head * mask_head * c.MASK_N
     return Visible(start + entry * T, end + entry * T, query_ids + entry * T, key_ids + entry * S, mask, order, T, S)
+
+
+@triton.jit
+def visible_to_queries(start, end, query_ids, key_ids, mask, order, at, T, S, c: tl.constexpr):
+    """The same, of a program for a tile of queries."""
+    order += at.row * tl.cdiv(S, c.BN)
+    all = visible_to(start, end, query_ids, key_ids, mask, order, at.batch, at.head, T, S, c)
+    return Visible(all.start, all.end, all.query_ids, all.key_ids, all.mask, all.order, at.stop, S)
 
 
 @triton.jit

@@ -233,6 +233,21 @@ def test_the_tables_own_tiles(dtype: str) -> None:
         assert relative_error(got[name], expected[name]) <= (2e-5 if dtype == "float32" else NARROW_BOUND), name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_tiles_that_are_cut(dtype: str) -> None:
+    """Documents meet within tiles, one of which is cut: its parts are programs of their own."""
+    shape = Shape(queries=71, keys=71, dim=8, value_dim=8)
+    inputs, lam = draw(shape, dtype), per_row(shape)
+    hidden = {"segment_ids": np.repeat(np.arange(3), (36, 4, 31))[None]}
+    tiles = Launch(16, 16, 4, 1)
+    with interpreting(tiles, narrow(0.05, 1e-3, math.inf)) as launches:
+        got = triton(inputs, lam, hidden=hidden, precision="highest")
+    expected = truth(inputs, lam, hidden=hidden)
+    assert all(launch["CUT"] for launch in launches)
+    for name in expected:
+        assert relative_error(got[name], expected[name]) <= (2e-5 if dtype == "float32" else NARROW_BOUND), name
+
+
 class TestTransforms:
     tiles = Launch(16, 16, 4, 1)
     shape = Shape(batch=1, queries=20, keys=37, heads=2, kv_heads=1, dim=8, value_dim=8)
