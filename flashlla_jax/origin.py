@@ -50,9 +50,9 @@ def anchored(key: Float[Array, "B S K D"], seen: Visibility) -> Anchored | None:
         first = jnp.full(keys, keys, jnp.int32).at[query_ids].min(start, mode="drop")
 
         def anchors(ids: Array) -> Array:
-            place = jnp.where(ids < keys, first[jnp.minimum(ids, keys - 1)], keys)[:, None, None]
-            anchor = key[jnp.minimum(place[:, 0, 0], keys - 1)]
-            return jnp.where((place < keys) & jnp.isfinite(anchor), anchor, 0)
+            place = first.at[ids].get(mode="fill", fill_value=keys)
+            anchor = key.at[place].get(mode="fill", fill_value=0)
+            return jnp.where(jnp.isfinite(anchor), anchor, 0)
 
         return Anchored(key - anchors(key_ids), anchors(query_ids))
 

@@ -12,15 +12,14 @@ import triton.language as tl
 
 from flashlla_jax.kernels.solver import solve
 from flashlla_jax.kernels.tiles import (
-    Keys,
     Rows,
     as_operand,
     head_base,
     is_hard,
     key_scale,
+    keys_of,
     load_cotangents,
     load_keys,
-    load_origin,
     load_queries,
     load_rows,
     load_tile,
@@ -36,7 +35,7 @@ from flashlla_jax.kernels.tiles import (
     weights,
     with_row,
 )
-from flashlla_jax.kernels.visible import key_tile, load_intervals, load_tiles, visible_to_queries
+from flashlla_jax.kernels.visible import key_tile, load_intervals, visible_to_queries
 
 
 class Solutions(NamedTuple):
@@ -219,16 +218,10 @@ def query_kernel(
     if c.CUT:
         if at.m0 >= at.stop:
             return
-    m0, stop, batch, head, kv_head = at.m0, at.stop, at.batch, at.head, at.kv_head
+    m0, stop, batch, head = at.m0, at.stop, at.batch, at.head
     row_base = batch.to(tl.int64) * T * c.HEADS + head
     visible = visible_to_queries(start, end, query_ids, key_ids, mask, order, at, T, S, c)
-    keys = Keys(
-        head_base(k, batch, S, kv_head, c.KV_HEADS, c.D),
-        head_base(v, batch, S, kv_head, c.KV_HEADS, c.DV),
-        load_origin(origins, m0, batch, kv_head, T, c),
-        load_tiles(table, at.row),
-        visible,
-    )
+    keys = keys_of(k, v, origins, table, at, visible, T, S, c)
     Q = load_queries(head_base(q, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
     G = load_cotangents(head_base(g, batch, T, head, c.HEADS, c.DV), m0, stop, True, c)
     lam = load_rows(lam_ptr + row_base, m0, stop, c.HEADS, c.BM, 1.0)

@@ -7,14 +7,13 @@ import triton.language as tl
 
 from flashlla_jax.kernels.solver import solve
 from flashlla_jax.kernels.tiles import (
-    Keys,
     Rows,
     as_operand,
     head_base,
     is_hard,
     key_scale,
+    keys_of,
     load_keys,
-    load_origin,
     load_queries,
     load_rows,
     load_values,
@@ -31,7 +30,7 @@ from flashlla_jax.kernels.tiles import (
     weights,
     with_row,
 )
-from flashlla_jax.kernels.visible import key_tile, load_intervals, load_tiles, visible_to_queries
+from flashlla_jax.kernels.visible import key_tile, load_intervals, visible_to_queries
 
 # The lse of a query that sees no key: its weights are then 0 wherever they are computed. And the largest logit before
 # any: finite, so that a first tile that is all hidden leaves no inf - inf.
@@ -201,14 +200,7 @@ def forward_kernel(
     m0, stop, batch, head, kv_head = at.m0, at.stop, at.batch, at.head, at.kv_head
     row_base = batch.to(tl.int64) * T * c.HEADS + head
     visible = visible_to_queries(start, end, query_ids, key_ids, mask, order, at, T, S, c)
-    origin = load_origin(origins, m0, batch, kv_head, T, c)
-    keys = Keys(
-        head_base(k, batch, S, kv_head, c.KV_HEADS, c.D),
-        head_base(v, batch, S, kv_head, c.KV_HEADS, c.DV),
-        origin,
-        load_tiles(table, at.row),
-        visible,
-    )
+    keys = keys_of(k, v, origins, table, at, visible, T, S, c)
     Q = load_queries(head_base(q, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
     lam = load_rows(lam_ptr + row_base, m0, stop, c.HEADS, c.BM, 1.0)
     intervals = load_intervals(visible, m0, c)
@@ -238,7 +230,7 @@ def forward_kernel(
             kbar = tl.where(hard[:, None], mean, kbar)
     rows = Rows(Q, lse, lse_rest, kbar, lam, intervals)
 
-    relative, taken_off = relative_queries(Q, origin, anchors, m0, batch, kv_head, T, c)
+    relative, taken_off = relative_queries(Q, keys.origin, anchors, m0, batch, kv_head, T, c)
     m = tl.where(blind[:, None], 0.0, kbar - relative)
     solved = solve(m, rows, keys, hard, c)
     x = tl.where(((lam == lam) | blind)[:, None], solved.x, float("nan"))  # a bad ridge never gives a plausible number

@@ -20,11 +20,11 @@ import triton.language as tl
 
 from flashlla_jax.kernels.forward import NO_KEYS, NO_LOGIT
 from flashlla_jax.kernels.tiles import (
-    Keys,
     Rows,
     as_logits,
     head_base,
     key_program,
+    keys_of,
     load_cotangents,
     load_key_tile,
     load_keys,
@@ -176,14 +176,7 @@ def forward_kernel(
     m0, stop, batch, head, kv_head = at.m0, at.stop, at.batch, at.head, at.kv_head
     row_base = batch.to(tl.int64) * T * c.HEADS + head
     visible = visible_to_queries(start, end, query_ids, key_ids, mask, order, at, T, S, c)
-    origin = load_origin(origins, m0, batch, kv_head, T, c)
-    keys = Keys(
-        head_base(k, batch, S, kv_head, c.KV_HEADS, c.D),
-        head_base(v, batch, S, kv_head, c.KV_HEADS, c.DV),
-        origin,
-        load_tiles(table, at.row),
-        visible,
-    )
+    keys = keys_of(k, v, origins, table, at, visible, T, S, c)
     Q = load_queries(head_base(q, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
     R = load_queries(head_base(r, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
     intervals = load_intervals(visible, m0, c)
@@ -201,7 +194,7 @@ def forward_kernel(
     if not c.EXACT:
         lse = tl.where(blind, NO_KEYS, found.top + tl.math.log2(safe(omega)))
         logsumexp = lse
-    _, taken_off = relative_queries(Q, origin, anchors, m0, batch, kv_head, T, c)
+    _, taken_off = relative_queries(Q, keys.origin, anchors, m0, batch, kv_head, T, c)
     logsumexp += c.SCALE * taken_off
     store_rows(lse_ptr + row_base, lse, m0, stop, c.HEADS, c.BM)
     if c.EXACT:
@@ -293,16 +286,10 @@ def query_kernel(
     if c.CUT:
         if at.m0 >= at.stop:
             return
-    m0, stop, batch, head, kv_head = at.m0, at.stop, at.batch, at.head, at.kv_head
+    m0, stop, batch, head = at.m0, at.stop, at.batch, at.head
     row_base = batch.to(tl.int64) * T * c.HEADS + head
     visible = visible_to_queries(start, end, query_ids, key_ids, mask, order, at, T, S, c)
-    keys = Keys(
-        head_base(k, batch, S, kv_head, c.KV_HEADS, c.D),
-        head_base(v, batch, S, kv_head, c.KV_HEADS, c.DV),
-        load_origin(origins, m0, batch, kv_head, T, c),
-        load_tiles(table, at.row),
-        visible,
-    )
+    keys = keys_of(k, v, origins, table, at, visible, T, S, c)
     Q = load_queries(head_base(q, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
     R = load_queries(head_base(r, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
     G = load_cotangents(head_base(g, batch, T, head, c.HEADS, c.DV), m0, stop, True, c)

@@ -12,7 +12,7 @@ from flashlla_jax.interface import ParallaxOptions, ParallaxResiduals
 from flashlla_jax.kernels import launch
 from flashlla_jax.kernels.passes import Problem
 from flashlla_jax.kernels.plan import Plan
-from flashlla_jax.kernels.tables import by_key_tiles, by_query_tiles
+from flashlla_jax.kernels.tables import by_key_tiles
 from flashlla_jax.visibility import Visibility
 
 
@@ -41,11 +41,11 @@ def forward(
     problem = Problem.of(query, key, value, seen, options, plan)
     batch, T, S, heads, _, _, value_dim = problem.shape
     shape = plan.forward
-    table = by_query_tiles(seen, S, shape.BM, shape.BN, problem.cut)
+    table, programs = problem.by_queries(shape)
     out = (batch, T, heads, value_dim)
     o, vbar, excess, lse, lse_rest, t, omega, logsumexp = launch.call(
         forward_kernel,
-        table.rows.shape[2] * batch * heads,
+        programs,
         (query, problem.key, value, probe, *problem.visible(table), problem.origins(), problem.anchors()),
         (T, S),
         (
@@ -82,13 +82,13 @@ def backward(
     batch, T, S, heads, kv_heads, _, _ = problem.shape
     origin = problem.origins()
     shape = plan.query
-    table = by_query_tiles(seen, S, shape.BM, shape.BN, problem.cut)
+    table, programs = problem.by_queries(shape)
     tiles = -(-T // shape.BM)
     pairs = jax.ShapeDtypeStruct((batch, heads, tiles * shape.BM, 2), jnp.float32)
     rests = jax.ShapeDtypeStruct(pairs.shape[:3] if plan.arithmetic.exact else (1, 1, 1), jnp.float32)
     dq, dr, lse_t, gbar_c, rest = launch.call(
         query_kernel,
-        table.rows.shape[2] * batch * heads,
+        programs,
         (query, problem.key, value, probe, *problem.visible(table), origin, *saved, g),
         (T, S),
         (

@@ -105,6 +105,12 @@ class Problem(NamedTuple):
         """For ``by_query_tiles``: tiles are cut where segments may meet in one."""
         return _CUT if self.seen.query_ids is not None and self.seen.mask is None else 0
 
+    def by_queries(self, shape: Launch) -> tuple[Table, int]:
+        """The table of a kernel over tiles of queries, and its number of programs."""
+        batch, _, S, heads, *_ = self.shape
+        table = by_query_tiles(self.seen, S, shape.BM, shape.BN, self.cut)
+        return table, table.rows.shape[2] * batch * heads
+
     def visible(self, table: Table) -> tuple[Array, ...]:
         """The visibility as the kernels take it: one number where there is none, all or none by batch entry."""
         seen = self.seen
@@ -180,11 +186,11 @@ def forward(
     problem = Problem.of(query, key, value, seen, options, plan)
     batch, T, S, heads, _, _, value_dim = problem.shape
     shape = plan.forward
-    table = by_query_tiles(seen, S, shape.BM, shape.BN, problem.cut)
+    table, programs = problem.by_queries(shape)
     row, exact_row = problem.row(), problem.exact_row()
     o, x_hi, x_lo, lse, lse_rest, near, a0, damping, omega, logsumexp, *of_solve = launch.call(
         forward_kernel,
-        table.rows.shape[2] * batch * heads,
+        programs,
         (query, problem.key, value, lam, *problem.visible(table), problem.origins(), problem.anchors()),
         (T, S),
         (
@@ -230,7 +236,7 @@ def backward(
     batch, T, S, heads, kv_heads, _, _ = problem.shape
     origin = problem.origins()
     shape = plan.query
-    table = by_query_tiles(seen, S, shape.BM, shape.BN, problem.cut)
+    table, programs = problem.by_queries(shape)
     tiles = -(-T // shape.BM)
     pairs = jax.ShapeDtypeStruct((batch, heads, tiles * shape.BM, 2), jnp.float32)
     nears, rests = pairs, jax.ShapeDtypeStruct(pairs.shape[:3], jnp.float32)
@@ -238,7 +244,7 @@ def backward(
         nears = rests = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
     dq, dlam, u_hi, u_lo, *of_rows, low = launch.call(
         query_kernel,
-        table.rows.shape[2] * batch * heads,
+        programs,
         (query, problem.key, value, lam, *problem.visible(table), origin, *saved, g),
         (T, S),
         (

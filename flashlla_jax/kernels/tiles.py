@@ -17,7 +17,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from flashlla_jax.kernels.visible import Intervals, Tiles, Visible, key_tile, sees, table_row
+from flashlla_jax.kernels.visible import Intervals, Tiles, Visible, key_tile, load_tiles, sees, table_row
 
 
 class Rows(NamedTuple):
@@ -196,6 +196,18 @@ def load_origin(origins, m0, batch, kv_head, T, c: tl.constexpr):
         base += (m0 // 32).to(tl.int64) * c.KV_HEADS * c.D
         origin = tl.sum(load_tile(base, 0, 1, c.D, c.D, 32, c.DP, True, True), 0)
     return origin
+
+
+@triton.jit
+def keys_of(k, v, origins, table, at, visible, T, S, c: tl.constexpr):
+    """The ``Keys`` of a program for a tile of queries."""
+    return Keys(
+        head_base(k, at.batch, S, at.kv_head, c.KV_HEADS, c.D),
+        head_base(v, at.batch, S, at.kv_head, c.KV_HEADS, c.DV),
+        load_origin(origins, at.m0, at.batch, at.kv_head, T, c),
+        load_tiles(table, at.row),
+        visible,
+    )
 
 
 @triton.jit
