@@ -204,43 +204,56 @@ def _within_segments(
 ) -> tuple[Array, Array, tuple[Array, Array, Array]]:
     """The tightest intervals that hold all visible keys, and ``(query_ids, key_ids, contiguous)``.
 
-    All keys and, for every query, the two ends of its interval are sorted by segment and position. The keys that a
-    query sees are then those between its ends, in whatever order the segments came.
+    The keys are sorted by segment and position, hidden ones last. The keys that a query sees are then those between the
+    two ends of its interval, which are looked up there, in whatever order the segments came.
     """
     queries = start.shape[1]
     if segment_ids is None:
         assert key_mask is not None
         segment_ids = (jnp.zeros((1, queries), jnp.int32), jnp.zeros((1, key_mask.shape[1]), jnp.int32))
     keys = segment_ids[1].shape[1]
-    key_mask = jnp.ones((1, keys), bool) if key_mask is None else key_mask
-    batch = next((x.shape[0] for x in (start, *segment_ids, key_mask) if x.shape[0] != 1), 1)  # may be symbolic
-    given = (start, end, *segment_ids, key_mask)
-    start, end, query_ids, key_ids, key_mask = (jnp.broadcast_to(x, (batch, x.shape[1])) for x in given)
+    given = (start, end, *segment_ids, *(() if key_mask is None else (key_mask,)))
+    batch = next((x.shape[0] for x in given if x.shape[0] != 1), 1)  # may be symbolic
+    start, end, query_ids, key_ids = (jnp.broadcast_to(x, (batch, x.shape[1])) for x in given[:4])
 
-    ids = jnp.concatenate([key_ids, query_ids, query_ids], axis=1)  # in their own dtype: 64-bit ids stay apart
-    # an end comes before the key at its position
-    place = jnp.concatenate([2 * jnp.arange(keys, dtype=jnp.int32)[None].repeat(batch, 0) + 1, 2 * start, 2 * end], 1)
-    index = jnp.broadcast_to(jnp.arange(place.shape[1], dtype=jnp.int32), place.shape)
-    ids, _, index = lax.sort((ids, place, index), dimension=1, num_keys=2)
-    is_key = index < keys
-    rank = jnp.cumsum(is_key & _taken(key_mask, jnp.minimum(index, keys - 1)), axis=1, dtype=jnp.int32)  # up to here
-    begins = jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
-    before = jnp.cumsum(is_key, axis=1, dtype=jnp.int32) - is_key.astype(jnp.int32)
-    segment = lax.cummax(jnp.where(begins, before, 0), axis=1)  # how many keys come before it
-
-    # back in the order that they came in
-    rank, segment = (_put(index, x, x.shape[1]) for x in (rank, segment))
-    first, stop = rank[:, keys : keys + queries], rank[:, keys + queries :]
     position = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (batch, keys))
-    place = jnp.where(key_mask, rank[:, :keys] - 1, keys)
-    by_rank = _put(place, position, keys)
+    visible = jnp.full((batch, 1), keys, jnp.int32)
+    hidden: tuple[Array, ...] = ()
+    if key_mask is not None:
+        key_mask = jnp.broadcast_to(key_mask, (batch, keys))
+        visible, hidden = jnp.sum(key_mask, axis=1, keepdims=True, dtype=jnp.int32), ((~key_mask).astype(jnp.int32),)
+    # Ids keep their dtype, so that 64-bit ids stay apart. No two keys are equal, and a stable sort would take longer.
+    by = (*hidden, key_ids, position)
+    *_, ids, order = lax.sort(by, dimension=1, is_stable=False, num_keys=len(by))
+
+    wanted = jnp.concatenate([query_ids, query_ids, query_ids, key_ids], axis=1)
+    place = jnp.concatenate([start, end, jnp.zeros_like(start), jnp.zeros_like(position)], axis=1)
+    first, stop, query_ids, key_ids = jnp.split(
+        _before(ids, order, visible, wanted, place), [queries, 2 * queries, 3 * queries], axis=1
+    )
     some = first < stop
-    start = jnp.where(some, _taken(by_rank, jnp.minimum(first, keys - 1)), 0)
-    end = jnp.where(some, _taken(by_rank, jnp.maximum(stop - 1, 0)) + 1, 0)
+    start = jnp.where(some, _taken(order, jnp.minimum(first, keys - 1)), 0)
+    end = jnp.where(some, _taken(order, jnp.maximum(stop - 1, 0)) + 1, 0)
     contiguous = jnp.all(end - start == jnp.where(some, stop - first, 0), axis=1)
-    query_ids = jnp.where(some, segment[:, keys : keys + queries], _HIDDEN_QUERY)
-    key_ids = jnp.where(key_mask, segment[:, :keys], _HIDDEN_KEY)
+    query_ids = jnp.where(some, query_ids, _HIDDEN_QUERY)
+    if key_mask is not None:
+        key_ids = jnp.where(key_mask, key_ids, _HIDDEN_KEY)
     return start, end, (query_ids, key_ids, contiguous)
+
+
+def _before(ids: Array, order: Array, visible: Array, wanted: Array, place: Array) -> Int[Array, "B n"]:
+    """How many of the first ``visible`` pairs of ``(ids, order)``, which are sorted, come before ``(wanted, place)``.
+
+    By bisection, unrolled: XLA makes one kernel of it.
+    """
+    count = jnp.zeros_like(place)
+    for bit in reversed(range(ids.shape[1].bit_length())):
+        further = count + (1 << bit)
+        last = jnp.minimum(further, ids.shape[1]) - 1
+        id, at = _taken(ids, last), _taken(order, last)
+        comes_before = (further <= visible) & ((id < wanted) | ((id == wanted) & (at < place)))
+        count = jnp.where(comes_before, further, count)
+    return count
 
 
 # Row by row, by vmap: so XLA sees that no row needs another's, and divides them among devices without sending any.
