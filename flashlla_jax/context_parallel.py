@@ -40,6 +40,9 @@ _ROWS_OF_A_GROUP = 65536
 # groups are larger, at the price of memory: a call holds the keys and their gradients of four times the heads.
 _ROWS_OF_FEW_KEYS = 4 * _ROWS_OF_A_GROUP
 
+# A forward pass holds no gradients, so its groups may be larger, and the most that a call holds stays the same.
+_FORWARD = 2
+
 
 def gathered(x: Array, axes: Axes) -> Array:
     """The whole array; each device has a part of axis 1, the length."""
@@ -72,7 +75,7 @@ def over_length(run: Callable[..., Any], axes: Axes, *, backward: bool) -> Calla
         devices = lax.axis_size(axes)
         balanced = seen.uneven and devices > 1 and query.shape[1] % 2 == 0
         halves = _Halves(axes, devices, query.shape[1]) if balanced else None
-        groups = groups_of_heads(query, key, few_keys=seen.few_keys) if devices > 1 else 1
+        groups = groups_of_heads(query, key, few_keys=seen.few_keys, backward=backward) if devices > 1 else 1
         if groups == 1:
             return _part(run, axes, halves, backward, query, key, value, own, seen, *rest)
         if halves is not None:  # once for all groups
@@ -112,12 +115,12 @@ def _part(
     return dq, dk, dv, down
 
 
-def groups_of_heads(query: Any, key: Any, *, few_keys: bool) -> int:
+def groups_of_heads(query: Any, key: Any, *, few_keys: bool, backward: bool) -> int:
     """How many groups a device takes its key heads in: as many as leave each of them enough to do."""
     batch, length, heads, _ = query.shape
     rows = (batch if isinstance(batch, int) else 1) * length * heads  # exported: may be symbolic
-    most = rows // (_ROWS_OF_FEW_KEYS if few_keys else _ROWS_OF_A_GROUP)
-    return max(n for n in range(1, key.shape[2] + 1) if key.shape[2] % n == 0 and n <= max(1, most))
+    least = (_ROWS_OF_FEW_KEYS if few_keys else _ROWS_OF_A_GROUP) * (1 if backward else _FORWARD)
+    return max(n for n in range(1, key.shape[2] + 1) if key.shape[2] % n == 0 and n <= max(1, rows // least))
 
 
 def _held_together(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -101,10 +101,10 @@ IN_GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """SHAPE has 128 rows a device: its two key heads are taken one after another then."""
+    """SHAPE has 128 rows a device: its two key heads are taken one after another then, in both passes."""
     jax.clear_caches()  # of the sizes that are traced
     for name in ("_ROWS_OF_A_GROUP", "_ROWS_OF_FEW_KEYS"):
-        monkeypatch.setattr(context_parallel, name, 64)
+        monkeypatch.setattr(context_parallel, name, 32)
     yield
     jax.clear_caches()
 
@@ -136,24 +136,27 @@ def test_heads_in_groups(case: str, way: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("query", "kv_heads", "groups", "of_few_keys"),
+    ("query", "kv_heads", "groups", "forward", "of_few_keys"),
     [
-        ((1, 8192, 8, 64), 8, 1, 1),
-        ((1, 16384, 8, 64), 8, 2, 1),
-        ((4, 4096, 8, 64), 8, 2, 1),
-        ((1, 65536, 8, 64), 8, 8, 2),
-        ((1, 65536, 8, 64), 1, 1, 1),
-        ((1, 65536, 6, 64), 6, 6, 1),
-        ((1, 43691, 6, 64), 6, 3, 1),
-        ((1, 8, 8, 64), 8, 1, 1),
+        ((1, 8192, 8, 64), 8, 1, 1, 1),
+        ((1, 16384, 8, 64), 8, 2, 1, 1),
+        ((4, 4096, 8, 64), 8, 2, 1, 1),
+        ((1, 65536, 8, 64), 8, 8, 4, 2),
+        ((1, 65536, 8, 64), 1, 1, 1, 1),
+        ((1, 65536, 6, 64), 6, 6, 3, 1),
+        ((1, 43691, 6, 64), 6, 3, 2, 1),
+        ((1, 8, 8, 64), 8, 1, 1, 1),
     ],
     ids=str,
 )
-def test_groups_leave_enough_to_do(query: tuple[int, ...], kv_heads: int, groups: int, of_few_keys: int) -> None:
+def test_groups_leave_enough_to_do(
+    query: tuple[int, ...], kv_heads: int, groups: int, forward: int, of_few_keys: int
+) -> None:
     key = (query[0], 2 * query[1], kv_heads, query[3])
-    arrays = [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in (query, key)]
-    assert groups_of_heads(*arrays, few_keys=False) == groups
-    assert groups_of_heads(*arrays, few_keys=True) == of_few_keys
+    number = partial(groups_of_heads, *(jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in (query, key)))
+    assert number(few_keys=False, backward=True) == groups
+    assert number(few_keys=False, backward=False) == forward
+    assert number(few_keys=True, backward=True) == of_few_keys
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ def results(out: Any) -> dict[str, jax.Array]:
     return {name: jnp.asarray(np.asarray(x)) for name, x in zip(NAMES, (o, *gradients), strict=True)}
 
 
-# (batch, length), of 8 heads, for two groups of heads a device: 65536 rows each, of packed documents 262144
-IN_GROUPS = {"plain": (4, 8192), "packed": (16, 8192)}
+# (batch, length), of 8 heads, for two groups of heads a device in the forward pass, and four in the backward pass
+IN_GROUPS = {"plain": (8, 8192), "packed": (32, 8192)}
 
 
 # All ways in one test, and so in one process: they have their kernels in common, which take longest to compile.
@@ -51,8 +51,9 @@ def test_heads_in_groups(case: str) -> None:
     batch, length = IN_GROUPS[case]
     shape = Shape(batch=batch, queries=length, keys=length, heads=8, kv_heads=8, dim=32, value_dim=32)
     ids = np.sort(np.random.default_rng(0).integers(0, 9, (batch, length)), axis=1)
-    on_a_device = (jax.ShapeDtypeStruct((batch, rows, 8, 32), jnp.bfloat16) for rows in (length // 2, length))
-    assert groups_of_heads(*on_a_device, few_keys=case == "packed") == 2
+    on_a_device = [jax.ShapeDtypeStruct((batch, rows, 8, 32), jnp.bfloat16) for rows in (length // 2, length)]
+    groups = [groups_of_heads(*on_a_device, few_keys=case == "packed", backward=x) for x in (False, True)]
+    assert groups == [2, 4]
     check(({"segment_ids": ids} if case == "packed" else {}, {}), shape, "bfloat16", ("automatic", "shard_map"))
 
 
