@@ -104,20 +104,27 @@ def stepper(kind: Callable[..., Any], setting: Setting) -> Callable[[int], float
     return timed
 
 
-def operator_milliseconds(setting: Setting) -> float:
+def operator(setting: Setting) -> Callable[[int], float]:
+    """``timed`` of ``median_time``: calls of ``lla_decode``."""
     b, s, n, k, d = setting
     shapes = ((b, 1, n, d), (b, s, k, d), (b, s, k, d))
     arrays = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(shapes))
-    inputs = (*arrays, jnp.full(b, s, jnp.int32))
-    return 1e3 * median_time(jax_timer(jax.jit(lla_decode), inputs), 9, 3.0).seconds
+    return jax_timer(jax.jit(lla_decode), (*arrays, jnp.full(b, s, jnp.int32)))
+
+
+def in_turns(timers: Sequence[Callable[[int], float]]) -> list[float]:
+    """Milliseconds: the least of three medians of each, taken in turns.
+
+    A step is as short as its launches take the host, and a rented host is disturbed for tenths of a second at a time.
+    """
+    rounds = [[median_time(timed, 9, 1.0).seconds for timed in timers] for _ in range(3)]
+    return [1e3 * min(times) for times in zip(*rounds, strict=True)]
 
 
 def measure(setting: Setting, bytes_per_second: float) -> Row:
-    softmax, module = (
-        1e3 * median_time(stepper(kind, setting), 9, 3.0).seconds for kind in (nnx.MultiHeadAttention, LLAttention)
-    )
     floor = 1e3 * setting.cache_bytes / bytes_per_second
-    return Row(setting, floor, softmax, module, operator_milliseconds(setting))
+    steps = [stepper(kind, setting) for kind in (nnx.MultiHeadAttention, LLAttention)]
+    return Row(setting, floor, *in_turns([*steps, operator(setting)]))
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -3,9 +3,10 @@
     python -m benchmarks.devices [--devices 2] [--quick] [--no-train] [--output benchmarks/results]
 
 Forward and backward, bfloat16, D = 64, causal, lambda 10, of batch, heads and length, plain and packed with documents
-of an eighth of the length; the length in all three ways that a call may be divided. ``memory`` is what the compiled
-program holds on a device at most, inputs and outputs included. Then the training step of examples/train_char_lm.py: the
-median over five runs of 20 steps, a run timed as one, and their spread, (max - min) / median. Ratios are of this run.
+of an eighth of the length; the length in all three ways that a call may be divided. Five calls or more follow each
+other, as steps of a training do. ``memory`` is what the compiled program holds on a device at most, inputs and outputs
+included. Then the training step of examples/train_char_lm.py: the median over five runs of 20 steps, a run timed as
+one, and their spread, (max - min) / median. Ratios are of this run.
 ``--quick`` takes tiny shapes, on any devices. Writes devices_DEVICE.txt.
 """
 
@@ -110,7 +111,7 @@ def held(program: Any) -> int:
 
 def call(setting: Setting, devices: int) -> Measured:
     program, inputs = compiled(setting, devices)
-    return Measured(1e3 * median_time(jax_timer(program, inputs), 7, 4.0).seconds, held(program))
+    return Measured(1e3 * median_time(jax_timer(program, inputs), 7, 4.0, least=5).seconds, held(program))
 
 
 def training_step(mesh: str, devices: int, changes: dict[str, Any], quick: bool) -> Timing:

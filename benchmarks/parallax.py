@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks.decode import Setting, stepper
+from benchmarks.decode import Setting, in_turns, stepper
 from benchmarks.timing import described, environment, jax_timer, median_time, one_line, require_gpu
 from flashlla_jax import ParallaxAttention, lla_attention, operator, parallax_attention
 from flashlla_jax.interface import ParallaxOptions
@@ -76,8 +76,7 @@ def compared() -> Iterator[str]:
 def decoded() -> Iterator[str]:
     yield f"{'B, cache, N / K, D':24}{'Flax softmax':>14}{'Parallax':>14}{'ratio':>8}   ms a step of one token"
     for setting in (Setting(*cache) for cache in CACHES):
-        kinds = (nnx.MultiHeadAttention, ParallaxAttention)
-        flax, ours = (1e3 * median_time(stepper(kind, setting), 9, 3.0).seconds for kind in kinds)
+        flax, ours = in_turns([stepper(kind, setting) for kind in (nnx.MultiHeadAttention, ParallaxAttention)])
         name = f"{setting.batch}, {setting.length}, {setting.heads}/{setting.kv_heads}, {setting.dim}"
         yield f"{name:24}{flax:14.3f}{ours:14.3f}{ours / flax:8.2f}"
 

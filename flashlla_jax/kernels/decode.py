@@ -8,7 +8,8 @@ program of the first kernel takes BD of the key's features of one row and one sp
 with p_j = exp2(s_j - top). All four sums over the features are products for the tensor cores. M is the weighted keys,
 relative to a key near the mean and as hi + lo halves in registers, times keys and values as they lie in
 shared memory: what bounds this kernel at D = 128 is how often shared memory is read. The logits and the two means take
-a vector in the place of a matrix, which holds the vector's parts in the first of its COLUMNS.
+a vector in the place of a matrix, which holds the vector's parts in the first of its COLUMNS. Products of float32 have
+a kernel of their own, decode_float32.py, with the same results.
 
 A program of the second kernel merges the splits of one row (Chan, Golub and LeVeque 1979) and solves by conjugate
 gradients on the matrix scaled to a unit diagonal. Nothing is added atomically: the same inputs give the same bits.
@@ -48,6 +49,16 @@ def row_of(number, T, c: tl.constexpr):
 
 
 @triton.jit
+def keys_of_split(interval_ptr, query, split, c: tl.constexpr):
+    """The first key of a split, and one past its last; both the same if it has none."""
+    start = tl.load(interval_ptr + 2 * query)
+    end = tl.load(interval_ptr + 2 * query + 1)
+    blocks = tl.cdiv(tl.cdiv(end - start, c.BN), c.SPLITS)
+    low = start + split * blocks * c.BN
+    return low, tl.minimum(low + blocks * c.BN, end)
+
+
+@triton.jit
 def mask_offset(batch, token, head, T, S, c: tl.constexpr):
     """Where a row begins in the mask, whose axes are as long as the call's or 1: MASK_B to MASK_S are then 1 or 0."""
     tokens = 1 + c.MASK_T * (T - 1)
@@ -64,6 +75,15 @@ def first_seen(interval_ptr, first_ptr, query, head, c: tl.constexpr):
     else:
         first = tl.load(interval_ptr + 2 * query)
     return first.to(tl.int64)
+
+
+@triton.jit
+def visible_keys(mask_row, n, high, c: tl.constexpr):
+    """Which of the keys ``n`` a row sees, of those below ``high``."""
+    visible = n < high
+    if c.MASK:
+        visible = visible & (tl.load(mask_row + n * c.MASK_S, mask=visible, other=0) != 0)
+    return visible
 
 
 @triton.jit
@@ -89,9 +109,7 @@ def centre_of(base, low, high, mask_row, d, STRIDE: tl.constexpr, c: tl.constexp
     whatever offset the keys have in common.
     """
     n = low + tl.arange(0, FEW)
-    visible = n < high
-    if c.MASK:
-        visible = visible & (tl.load(mask_row + n * c.MASK_S, mask=visible, other=0) != 0)
+    visible = visible_keys(mask_row, n, high, c)
     few = load_columns(base, n, d, visible, STRIDE, c).to(tl.float32)
     return tl.sum(few, 1) / tl.maximum(tl.sum(visible.to(tl.float32), 0), 1.0)
 
@@ -128,10 +146,8 @@ def two_parts(p, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, acc, c: tl.constexpr):
-    """acc + a b, ``a`` float32: as it is, or as halves in the dtype of b."""
-    if c.UPCAST:
-        return tl.dot(a, b, acc=acc, input_precision=c.PRECISION)
+def product(a, b, acc):
+    """acc + a b, with ``a`` of float32 as halves in the dtype of b."""
     hi = a.to(b.dtype)
     lo = (a - hi.to(tl.float32)).to(b.dtype)
     acc = tl.dot(lo, b, acc=acc)
@@ -150,11 +166,7 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
     number = tl.program_id(0) // CHUNKS // c.SPLITS
     split = tl.program_id(0) // CHUNKS % c.SPLITS
     batch, token, head, kv_head = row_of(number, T, c)
-    start = tl.load(interval_ptr + 2 * (batch * T + token))
-    end = tl.load(interval_ptr + 2 * (batch * T + token) + 1)
-    blocks = tl.cdiv(tl.cdiv(end - start, c.BN), c.SPLITS)
-    low = start + split * blocks * c.BN
-    high = tl.minimum(low + blocks * c.BN, end)
+    low, high = keys_of_split(interval_ptr, batch * T + token, split, c)
 
     d, dv, chunk_d = tl.arange(0, c.DP), tl.arange(0, c.DVP), chunk * c.BD + tl.arange(0, c.BD)
     K_STRIDE: tl.constexpr = c.KV_HEADS * c.D
@@ -163,28 +175,21 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
     v_base = v + (batch * S * c.KV_HEADS + kv_head) * c.DV
     q_base = q + ((batch * T + token) * c.HEADS + head) * c.D
     first = first_seen(interval_ptr, first_ptr, batch * T + token, head, c)
-    sees = high > low
-    origin = tl.load(k_base + first * K_STRIDE + d, mask=(d < c.D) & sees, other=0.0).to(tl.float32)
+    origin = tl.load(k_base + first * K_STRIDE + d, mask=(d < c.D) & (high > low), other=0.0).to(tl.float32)
     query = tl.load(q_base + d, mask=d < c.D, other=0.0).to(tl.float32)
-    DTYPE: tl.constexpr = tl.float32 if c.UPCAST else (tl.bfloat16 if c.WIDEN else k.dtype.element_ty)
-    PARTS: tl.constexpr = 1 if c.UPCAST else 2
-    # a float32 query may go with a bfloat16 cache
-    query_columns = columns_of(query, DTYPE, 1 if c.UPCAST else 3)
-    # float32 keys are taken relative to the origin at once; others as they are, which is exact
-    shift = origin if not c.UPCAST else tl.zeros_like(origin)
-    shift_logit = tl.sum(query * shift, 0) * c.SCALE
+    DTYPE: tl.constexpr = tl.bfloat16 if c.WIDEN else k.dtype.element_ty
+    query_columns = columns_of(query, DTYPE, 3)  # a float32 query may go with a bfloat16 cache
+    shift_logit = tl.sum(query * origin, 0) * c.SCALE
     mask_row = mask_ptr
     if c.MASK:
         mask_row += mask_offset(batch, token, head, T, S, c)
     place = number.to(tl.int64) * c.SPLITS + split
     WIDTH: tl.constexpr = c.DP + c.DVP
     chunk_means = means + place * WIDTH + chunk_d
-    if c.UPCAST:
-        centre = tl.load(k_base + first * K_STRIDE + chunk_d, mask=(chunk_d < c.D) & sees, other=0.0).to(tl.float32)
-    else:  # by way of memory: a load Triton makes in every layout that a product wants, a sum it would move there
-        tl.store(chunk_means, centre_of(k_base, low, high, mask_row, chunk_d, K_STRIDE, c))
-        tl.debug_barrier()
-        centre = tl.load(chunk_means)
+    # by way of memory: a load Triton makes in every layout that a product wants, a sum it would move there
+    tl.store(chunk_means, centre_of(k_base, low, high, mask_row, chunk_d, K_STRIDE, c))
+    tl.debug_barrier()
+    centre = tl.load(chunk_means)
 
     top = NO_LOGIT
     weights = tl.zeros((c.BN,), tl.float32)  # added up at the end: a sum now would make all warps wait
@@ -194,15 +199,11 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
     kv = tl.zeros((c.BD, c.DVP), tl.float32)
     for n0 in tl.range(low, high, c.BN, num_stages=c.STAGES):
         columns = n0 + tl.arange(0, c.BN)
-        visible = columns < high
-        if c.MASK:
-            visible = visible & (tl.load(mask_row + columns * c.MASK_S, mask=visible, other=0) != 0)
+        visible = visible_keys(mask_row, columns, high, c)
         keys = load_columns(k_base, columns, d, visible, K_STRIDE, c)
         V = load_rows(v_base, n0, visible, V_STRIDE, c.DV, c.DVP, c)
-        if c.UPCAST:
-            keys -= origin[:, None]
         K = tl.trans(keys)
-        s = tl.sum(tl.dot(K, query_columns, input_precision=c.PRECISION), 1) * c.SCALE - shift_logit
+        s = tl.sum(tl.dot(K, query_columns), 1) * c.SCALE - shift_logit
         s = tl.where(visible, s, NO_LOGIT)
         new_top = tl.maximum(top, tl.max(s, 0))
         p = two_parts(tl.where(visible, tl.math.exp2(s - new_top), 0.0), DTYPE)
@@ -216,28 +217,24 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
         part = keys
         if CHUNKS > 1:
             part = load_columns(k_base, columns, chunk_d, visible, K_STRIDE, c)
-        if CHUNKS > 1 or not c.UPCAST:
-            part = part.to(tl.float32) - centre[:, None]
-        weighted = p[None, :] * part
-        kk = product(weighted, K, kk, c)
-        kv = product(weighted, V, kv, c)
-        weight_columns = columns_of(p, DTYPE, PARTS)
+        weighted = p[None, :] * (part.to(tl.float32) - centre[:, None])
+        kk = product(weighted, K, kk)
+        kv = product(weighted, V, kv)
+        weight_columns = columns_of(p, DTYPE, 2)
         # tensor cores cut off what a sum cannot hold, always towards 0: of an offset of the keys that adds up
         # (as a matrix, it would be made the product's accumulator after all)
-        k_sum = k_sum * shrink + tl.sum(tl.dot(keys, weight_columns, input_precision=c.PRECISION), 1)
-        v_sum = tl.dot(tl.trans(V), weight_columns, acc=v_sum, input_precision=c.PRECISION)
+        k_sum = k_sum * shrink + tl.sum(tl.dot(keys, weight_columns), 1)
+        v_sum = tl.dot(tl.trans(V), weight_columns, acc=v_sum)
 
     omega = tl.sum(weights, 0)
     total = tl.where(omega > 0.0, omega, 1.0)
-    mean = tl.where(omega > 0.0, k_sum / total, shift)  # of the keys as the products take them
-    kbar, vbar = mean - shift, tl.sum(v_sum, 1) / total
+    mean = tl.where(omega > 0.0, k_sum / total, origin)
+    kbar, vbar = mean - origin, tl.sum(v_sum, 1) / total
     chunk_mean, chunk_kbar = mean, kbar
     if CHUNKS > 1:
         chunk_mean = tl.sum(tl.where(d[:, None] == chunk_d[None, :], mean[:, None], 0.0), 0)
         chunk_kbar = tl.sum(tl.where(d[:, None] == chunk_d[None, :], kbar[:, None], 0.0), 0)
-    weighted_sum = omega * chunk_mean
-    if not c.UPCAST:
-        weighted_sum -= omega * centre
+    weighted_sum = omega * (chunk_mean - centre)
     kk -= weighted_sum[:, None] * mean[None, :]
     kv -= weighted_sum[:, None] * vbar[None, :]
 

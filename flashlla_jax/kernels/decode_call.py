@@ -26,16 +26,16 @@ _MOST_SPLITS = 128
 
 
 class DecodeLaunch(NamedTuple):
-    """Keys per block, features per program, warps per program, depth of the software pipeline, and programs.
+    """Keys per block, features per program, warps per program, depth of the software pipeline, and programs at once.
 
-    That many programs at least, where the cache is long enough to be split: whole rounds for the 132 SMs of an H100.
+    The last one is how many the 132 SMs of an H100 run at once, or a divisor of it.
     """
 
     BN: int
     BD: int
     num_warps: int
     num_stages: int
-    programs: int = 4 * 132
+    at_once: int = 4 * 132
 
 
 class DecodePlan(NamedTuple):
@@ -170,6 +170,7 @@ def decode(
 ) -> Float[Array, "B T N Dv"]:
     """``decode_xla.decode`` by two kernels; ``plan`` is None for that of the default device."""
     from flashlla_jax.kernels.decode import moments_kernel, solve_kernel
+    from flashlla_jax.kernels.decode_float32 import float32_moments_kernel
 
     batch, tokens, heads, _ = query.shape
     capacity, _, value_dim = value.shape[1:]
@@ -182,7 +183,7 @@ def decode(
         return jax.ShapeDtypeStruct((rows, c.SPLITS, *shape), jnp.float32)
 
     partials = launch.call(
-        moments_kernel,
+        float32_moments_kernel if c.UPCAST else moments_kernel,
         rows * c.SPLITS * (c.DP // c.BD),
         (query, key, value, intervals, first, mask),
         (tokens, capacity),
@@ -221,12 +222,23 @@ def visible(
     return intervals, first if c.MASK_N else intervals, mask
 
 
+def _splits(programs: int, at_once: int, most: int) -> int:
+    """Into how many parts the cache is cut, ``programs`` for each of them.
+
+    Programs run in rounds, and a last round that is not full takes as long as any other. The fewest parts that come
+    within 5 % of the shortest time, since every part has its moments to write and to merge.
+    """
+    times = [-(-programs * parts // at_once) / parts for parts in range(1, most + 1)]
+    return 1 + next(i for i, time in enumerate(times) if time <= 1.05 * min(times))
+
+
 def constants(query: Any, key: Any, value: Any, seen: Visibility, qk_scale: float, plan: DecodePlan) -> DecodeConstants:
     batch, tokens, heads, dim = query.shape
     capacity, kv_heads, value_dim = value.shape[1:]
     shape = plan.moments
     programs = max(1, batch * tokens * heads * (padded(dim) // shape.BD))
-    splits = min(-(-shape.programs // programs), -(-capacity // (_BLOCKS_PER_SPLIT * shape.BN)), _MOST_SPLITS)
+    most = min(-(-capacity // (_BLOCKS_PER_SPLIT * shape.BN)), _MOST_SPLITS)
+    splits = _splits(programs, shape.at_once, most)
     axes = (1, 1, 1, 1) if seen.mask is None else seen.mask.shape
     return DecodeConstants(
         HEADS=heads,

@@ -22,11 +22,13 @@ from flashlla_jax.kernels.decode import (
     NO_LOGIT,
     columns_of,
     first_seen,
+    keys_of_split,
     load_columns,
     load_rows,
     mask_offset,
     row_of,
     two_parts,
+    visible_keys,
 )
 
 # Of a product's columns: those from here on are the second vector's, the probe's or that of p h.
@@ -54,11 +56,7 @@ def gather_kernel(q, k, v, r, interval_ptr, first_ptr, mask_ptr, T, S, tops, ome
     number = tl.program_id(0) // c.SPLITS
     split = tl.program_id(0) % c.SPLITS
     batch, token, head, kv_head = row_of(number, T, c)
-    start = tl.load(interval_ptr + 2 * (batch * T + token))
-    end = tl.load(interval_ptr + 2 * (batch * T + token) + 1)
-    blocks = tl.cdiv(tl.cdiv(end - start, c.BN), c.SPLITS)
-    low = start + split * blocks * c.BN
-    high = tl.minimum(low + blocks * c.BN, end)
+    low, high = keys_of_split(interval_ptr, batch * T + token, split, c)
 
     d, dv = tl.arange(0, c.DP), tl.arange(0, c.DVP)
     K_STRIDE: tl.constexpr = c.KV_HEADS * c.D
@@ -86,9 +84,7 @@ def gather_kernel(q, k, v, r, interval_ptr, first_ptr, mask_ptr, T, S, tops, ome
     acc = tl.zeros((c.DVP, COLUMNS), tl.float32)
     for n0 in tl.range(low, high, c.BN, num_stages=c.STAGES):
         columns = n0 + tl.arange(0, c.BN)
-        visible = columns < high
-        if c.MASK:
-            visible = visible & (tl.load(mask_row + columns * c.MASK_S, mask=visible, other=0) != 0)
+        visible = visible_keys(mask_row, columns, high, c)
         keys = load_columns(k_base, columns, d, visible, K_STRIDE, c)
         V = load_rows(v_base, n0, visible, V_STRIDE, c.DV, c.DVP, c)
         if c.UPCAST:

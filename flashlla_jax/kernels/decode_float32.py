@@ -1,0 +1,102 @@
+"""The moments of a query's keys by split of the cache, of float32 products: ``decode.moments_kernel`` in float32.
+
+Every block has its moments relative to its own means, and the split's are merged from them by Chan, Golub and LeVeque's
+update (1979). One key may hold nearly all the weight. Relative to any other point, its square would then be most of a
+moment, and float32 would lose the rest.
+"""
+
+import triton
+import triton.language as tl
+
+from flashlla_jax.kernels.decode import (
+    NO_LOGIT,
+    first_seen,
+    keys_of_split,
+    load_columns,
+    load_rows,
+    mask_offset,
+    row_of,
+    visible_keys,
+)
+
+
+@triton.jit
+def float32_moments_kernel(
+    q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omegas, means, moments, c: tl.constexpr
+):
+    """One row, one split, BD features; in the order of ``moments_kernel``, and with its results."""
+    CHUNKS: tl.constexpr = c.DP // c.BD
+    chunk = tl.program_id(0) % CHUNKS
+    number = tl.program_id(0) // CHUNKS // c.SPLITS
+    split = tl.program_id(0) // CHUNKS % c.SPLITS
+    batch, token, head, kv_head = row_of(number, T, c)
+    low, high = keys_of_split(interval_ptr, batch * T + token, split, c)
+
+    d, dv, chunk_d = tl.arange(0, c.DP), tl.arange(0, c.DVP), chunk * c.BD + tl.arange(0, c.BD)
+    K_STRIDE: tl.constexpr = c.KV_HEADS * c.D
+    V_STRIDE: tl.constexpr = c.KV_HEADS * c.DV
+    k_base = k + (batch * S * c.KV_HEADS + kv_head) * c.D
+    v_base = v + (batch * S * c.KV_HEADS + kv_head) * c.DV
+    q_base = q + ((batch * T + token) * c.HEADS + head) * c.D
+    origin_ptr = k_base + first_seen(interval_ptr, first_ptr, batch * T + token, head, c) * K_STRIDE
+    sees = high > low
+    origin = tl.load(origin_ptr + d, mask=(d < c.D) & sees, other=0.0).to(tl.float32)
+    chunk_origin = tl.load(origin_ptr + chunk_d, mask=(chunk_d < c.D) & sees, other=0.0).to(tl.float32)
+    query = tl.load(q_base + d, mask=d < c.D, other=0.0).to(tl.float32)
+    mask_row = mask_ptr
+    if c.MASK:
+        mask_row += mask_offset(batch, token, head, T, S, c)
+
+    top = NO_LOGIT
+    omega = 0.0
+    kbar = tl.zeros((c.DP,), tl.float32)
+    vbar = tl.zeros((c.DVP,), tl.float32)
+    chunk_kbar = tl.zeros((c.BD,), tl.float32)
+    kk = tl.zeros((c.BD, c.DP), tl.float32)
+    kv = tl.zeros((c.BD, c.DVP), tl.float32)
+    for n0 in tl.range(low, high, c.BN, num_stages=c.STAGES):
+        columns = n0 + tl.arange(0, c.BN)
+        visible = visible_keys(mask_row, columns, high, c)
+        keys = load_columns(k_base, columns, d, visible, K_STRIDE, c) - origin[:, None]
+        V = load_rows(v_base, n0, visible, V_STRIDE, c.DV, c.DVP, c)
+        part = keys
+        if CHUNKS > 1:
+            part = load_columns(k_base, columns, chunk_d, visible, K_STRIDE, c) - chunk_origin[:, None]
+        s = tl.where(visible, tl.sum(query[:, None] * keys, 0) * c.SCALE, NO_LOGIT)
+        new_top = tl.maximum(top, tl.max(s, 0))
+        p = tl.where(visible, tl.math.exp2(s - new_top), 0.0)
+        shrink = tl.math.exp2(top - new_top)
+        top = new_top
+
+        weight = tl.sum(p, 0)
+        share = p / tl.where(weight > 0.0, weight, 1.0)
+        block_kbar = tl.sum(share[None, :] * keys, 1)
+        block_vbar = tl.sum(share[:, None] * V, 0)
+        block_chunk_kbar = tl.sum(share[None, :] * part, 1)
+        weighted = p[None, :] * (part - block_chunk_kbar[:, None])
+        centred = tl.trans(keys - block_kbar[:, None])
+        kk = tl.dot(weighted, centred, acc=kk * shrink, input_precision=c.PRECISION)
+        kv = tl.dot(weighted, V - block_vbar[None, :], acc=kv * shrink, input_precision=c.PRECISION)
+
+        omega *= shrink
+        total = omega + weight
+        fresh = weight / tl.where(total > 0.0, total, 1.0)  # the block's share of all weight so far
+        k_step, v_step, chunk_step = block_kbar - kbar, block_vbar - vbar, block_chunk_kbar - chunk_kbar
+        between = (omega * fresh) * chunk_step
+        kk += between[:, None] * k_step[None, :]
+        kv += between[:, None] * v_step[None, :]
+        kbar += fresh * k_step
+        vbar += fresh * v_step
+        chunk_kbar += fresh * chunk_step
+        omega = total
+
+    place = number.to(tl.int64) * c.SPLITS + split
+    WIDTH: tl.constexpr = c.DP + c.DVP
+    tl.store(means + place * WIDTH + chunk_d, chunk_kbar)
+    if chunk == 0:
+        tl.store(tops + place, top)
+        tl.store(omegas + place, omega)
+        tl.store(means + place * WIDTH + c.DP + dv, vbar)
+    base = moments + (place * c.DP + chunk_d)[:, None] * WIDTH
+    tl.store(base + d[None, :], kk)
+    tl.store(base + c.DP + dv[None, :], kv)
