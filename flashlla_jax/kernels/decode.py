@@ -146,15 +146,6 @@ def two_parts(p, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, acc):
-    """acc + a b, with ``a`` of float32 as halves in the dtype of b."""
-    hi = a.to(b.dtype)
-    lo = (a - hi.to(tl.float32)).to(b.dtype)
-    acc = tl.dot(lo, b, acc=acc)
-    return tl.dot(hi, b, acc=acc)
-
-
-@triton.jit
 def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omegas, means, moments, c: tl.constexpr):
     """One row, one split, BD features.
 
@@ -191,8 +182,12 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
     tl.debug_barrier()
     centre = tl.load(chunk_means)
 
+    # The sum of the weighted keys as the halves hold them: so the rest that they do not hold goes with k - kbar and
+    # v - vbar, which are small if one key has most of the weight. For 128 features there are not registers enough.
+    SUMMED: tl.constexpr = c.BD <= 64
     top = NO_LOGIT
     weights = tl.zeros((c.BN,), tl.float32)  # added up at the end: a sum now would make all warps wait
+    weighted_sum = tl.zeros((c.BD,), tl.float32)
     k_sum = tl.zeros((c.DP,), tl.float32)
     v_sum = tl.zeros((c.DVP, COLUMNS), tl.float32)
     kk = tl.zeros((c.BD, c.DP), tl.float32)
@@ -218,8 +213,12 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
         if CHUNKS > 1:
             part = load_columns(k_base, columns, chunk_d, visible, K_STRIDE, c)
         weighted = p[None, :] * (part.to(tl.float32) - centre[:, None])
-        kk = product(weighted, K, kk)
-        kv = product(weighted, V, kv)
+        hi = weighted.to(DTYPE)
+        lo = (weighted - hi.to(tl.float32)).to(DTYPE)
+        if SUMMED:
+            weighted_sum = weighted_sum * shrink + tl.sum(hi.to(tl.float32) + lo.to(tl.float32), 1)
+        kk = tl.dot(hi, K, acc=tl.dot(lo, K, acc=kk))
+        kv = tl.dot(hi, V, acc=tl.dot(lo, V, acc=kv))
         weight_columns = columns_of(p, DTYPE, 2)
         # tensor cores cut off what a sum cannot hold, always towards 0: of an offset of the keys that adds up
         # (as a matrix, it would be made the product's accumulator after all)
@@ -234,7 +233,8 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
     if CHUNKS > 1:
         chunk_mean = tl.sum(tl.where(d[:, None] == chunk_d[None, :], mean[:, None], 0.0), 0)
         chunk_kbar = tl.sum(tl.where(d[:, None] == chunk_d[None, :], kbar[:, None], 0.0), 0)
-    weighted_sum = omega * (chunk_mean - centre)
+    if not SUMMED:
+        weighted_sum = omega * (chunk_mean - centre)
     kk -= weighted_sum[:, None] * mean[None, :]
     kv -= weighted_sum[:, None] * vbar[None, :]
 
@@ -275,7 +275,7 @@ def solve_kernel(q, k, lam_ptr, interval_ptr, first_ptr, tops, omegas, means, mo
     A = merge_keys(partials, top, total, kbar, c)
     along = 0.0
     if not c.UPCAST:
-        # The sum of the weighted keys, as the products rounded them, is not quite what was taken for it. That error,
+        # The sum of the weighted keys, as the products have them, is not quite what was taken for it. That error,
         # times the mean of the keys, is in A (and times vbar in Cov(k, v)), and A is symmetric but for it.
         mean = kbar + origin
         error = tl.sum(A * mean[None, :], 1) - tl.sum(A * mean[:, None], 0)

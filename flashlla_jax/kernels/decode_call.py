@@ -28,14 +28,14 @@ _MOST_SPLITS = 128
 class DecodeLaunch(NamedTuple):
     """Keys per block, features per program, warps per program, depth of the software pipeline, and programs at once.
 
-    The last one is how many the 132 SMs of an H100 run at once, or a divisor of it.
+    The last one is how many programs the 132 SMs of an H100 hold at once, by their registers and shared memory.
     """
 
     BN: int
     BD: int
     num_warps: int
     num_stages: int
-    at_once: int = 4 * 132
+    at_once: int = 2 * 132
 
 
 class DecodePlan(NamedTuple):
@@ -99,18 +99,18 @@ class DecodeConstants:
 _MOMENTS = {
     90: {
         2: {
-            64: DecodeLaunch(64, 64, 4, 3, 4 * 132),
-            128: DecodeLaunch(128, 128, 8, 3, 2 * 132),
+            64: DecodeLaunch(64, 64, 4, 3),
+            128: DecodeLaunch(128, 128, 8, 3, 132),
             256: DecodeLaunch(32, 32, 8, 2),
         }
     },
     80: {
-        2: {64: DecodeLaunch(64, 64, 4, 3), 128: DecodeLaunch(16, 64, 8, 2), 256: DecodeLaunch(32, 32, 8, 1)},
+        2: {64: DecodeLaunch(32, 64, 4, 3), 128: DecodeLaunch(16, 64, 8, 2), 256: DecodeLaunch(32, 32, 8, 1)},
         4: {64: DecodeLaunch(16, 64, 8, 2), 128: DecodeLaunch(16, 64, 8, 1), 256: DecodeLaunch(16, 32, 8, 1)},
     },
 }
 # Triton from 3.7 on keeps the halves of the weighted keys in shared memory too, which 128 keys leave no room for.
-_MOMENTS_128_LATER = DecodeLaunch(64, 128, 8, 3, 2 * 132)
+_MOMENTS_128_LATER = DecodeLaunch(64, 128, 8, 3, 132)
 # The second one holds the matrix of a row in registers.
 _SOLVE = {64: 4, 128: 8, 256: 16}
 
