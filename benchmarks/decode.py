@@ -127,15 +127,16 @@ def measure(setting: Setting, bytes_per_second: float) -> Row:
     return Row(setting, floor, *in_turns([*steps, operator(setting)]))
 
 
-def table(rows: Sequence[Row]) -> str:
-    header = f"{'B':>3} {'cache':>7} {'N/K':>6} {'D':>4} {'floor':>9} {'softmax':>9} {'module':>9} {'operator':>9}"
-    lines = [f"{header}  module/softmax  operator/floor   (ms)"]
-    for row in rows:
-        b, s, n, k, d = row.setting
-        times = " ".join(f"{x:9.3f}" for x in row[1:])
-        ratios = f"{row.module / row.softmax:16.2f}{row.operator / row.floor:16.2f}"
-        lines.append(f"{b:3} {s:7} {f'{n}/{k}':>6} {d:4} {times}{ratios}")
-    return "\n".join(lines)
+def header() -> str:
+    names = f"{'B':>3} {'cache':>7} {'N/K':>6} {'D':>4} {'floor':>9} {'softmax':>9} {'module':>9} {'operator':>9}"
+    return f"{names}  module/softmax  operator/floor   (ms)"
+
+
+def line(row: Row) -> str:
+    b, s, n, k, d = row.setting
+    times = " ".join(f"{x:9.3f}" for x in row[1:])
+    ratios = f"{row.module / row.softmax:16.2f}{row.operator / row.floor:16.2f}"
+    return f"{b:3} {s:7} {f'{n}/{k}':>6} {d:4} {times}{ratios}"
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -164,8 +165,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(described(about))
     bytes_per_second = bandwidth(2**20 if args.quick else 2**31)
     print(f"a copy reaches {bytes_per_second / 1e12:.2f} TB/s\n")
-    rows = [measure(setting, bytes_per_second) for setting in (QUICK if args.quick else SETTINGS)]
-    print(table(rows))
+    print(header())
+    rows = []
+    for setting in QUICK if args.quick else SETTINGS:
+        rows.append(measure(setting, bytes_per_second))
+        print(line(rows[-1]), flush=True)
     if args.output is not None:
         stem = args.output / f"decode_{slug(device)}"
         results = [row.setting._asdict() | {name: getattr(row, name) for name in Row._fields[1:]} for row in rows]

@@ -113,4 +113,4 @@ def test_splits_fill_whole_rounds_of_programs(rows: int, heads: int, length: int
     seen = Visibility(interval, interval, None, None, None, None, False, False)
     plan = decode_call.plan_for(cache, cache, lax.Precision.DEFAULT, 90)
     constants = decode_call.constants(query, cache, cache, seen, 0.1, plan)
-    assert constants.SPLITS == splits
+    assert splits == constants.SPLITS
