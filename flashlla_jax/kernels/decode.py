@@ -182,12 +182,14 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
     tl.debug_barrier()
     centre = tl.load(chunk_means)
 
-    # The sum of the weighted keys as the halves hold them: so the rest that they do not hold goes with k - kbar and
-    # v - vbar, which are small if one key has most of the weight. For 128 features there are not registers enough.
-    SUMMED: tl.constexpr = c.BD <= 64
     top = NO_LOGIT
     weights = tl.zeros((c.BN,), tl.float32)  # added up at the end: a sum now would make all warps wait
-    weighted_sum = tl.zeros((c.BD,), tl.float32)
+    # The sum of the weighted keys as the halves hold them: so the rest that they do not hold goes with k - kbar and
+    # v - vbar, which are small if one key has most of the weight. More features leave no registers for it.
+    SUMMED: tl.constexpr = c.DP <= 64
+    if SUMMED:
+        ones = tl.full((c.BN, COLUMNS), 1.0, DTYPE)
+        w_sum = tl.zeros((c.BD, COLUMNS), tl.float32)
     k_sum = tl.zeros((c.DP,), tl.float32)
     v_sum = tl.zeros((c.DVP, COLUMNS), tl.float32)
     kk = tl.zeros((c.BD, c.DP), tl.float32)
@@ -209,6 +211,8 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
         v_sum *= shrink
         kk *= shrink
         kv *= shrink
+        if SUMMED:
+            w_sum *= shrink
         part = keys
         if CHUNKS > 1:
             part = load_columns(k_base, columns, chunk_d, visible, K_STRIDE, c)
@@ -216,7 +220,7 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
         hi = weighted.to(DTYPE)
         lo = (weighted - hi.to(tl.float32)).to(DTYPE)
         if SUMMED:
-            weighted_sum = weighted_sum * shrink + tl.sum(hi.to(tl.float32) + lo.to(tl.float32), 1)
+            w_sum = tl.dot(hi, ones, acc=tl.dot(lo, ones, acc=w_sum))
         kk = tl.dot(hi, K, acc=tl.dot(lo, K, acc=kk))
         kv = tl.dot(hi, V, acc=tl.dot(lo, V, acc=kv))
         weight_columns = columns_of(p, DTYPE, 2)
@@ -233,7 +237,9 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
     if CHUNKS > 1:
         chunk_mean = tl.sum(tl.where(d[:, None] == chunk_d[None, :], mean[:, None], 0.0), 0)
         chunk_kbar = tl.sum(tl.where(d[:, None] == chunk_d[None, :], kbar[:, None], 0.0), 0)
-    if not SUMMED:
+    if SUMMED:
+        weighted_sum = tl.sum(w_sum, 1) / COLUMNS
+    else:
         weighted_sum = omega * (chunk_mean - centre)
     kk -= weighted_sum[:, None] * mean[None, :]
     kv -= weighted_sum[:, None] * vbar[None, :]

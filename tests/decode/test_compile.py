@@ -40,7 +40,7 @@ ENTRIES = [
     Entry(90, "bfloat16", 128, (128, 0)),
     Entry(90, "bfloat16", 256, (220, 2340)),  # the second kernel's matrix is all the registers that there are
     Entry(90, "bfloat16", 64, (0, 0), masked=True),
-    Entry(90, "float8_e4m3fn", 64, (116, 0)),
+    Entry(90, "float8_e4m3fn", 64, (88, 0)),
     Entry(90, "float32", 64, (0, 4)),
     Entry(90, "float32", 128, (216, 0), lax.Precision.HIGHEST),
     Entry(80, "bfloat16", 64, (0, 16)),
