@@ -1,4 +1,4 @@
-"""A length that is divided among devices, as one device sees it, inside ``jax.shard_map`` or one of XLA's partitions.
+"""One device's part of a divided length, inside ``jax.shard_map`` or one of XLA's partitions.
 
 Every solve belongs to one query. So the queries stay, and K and V are gathered whole. A device computes its queries'
 share of dk and dv, for all keys. The shares are added up and scattered. Nothing is sent in between.
@@ -6,10 +6,10 @@ share of dk and dv, for all keys. The shares are added up and scattered. Nothing
 In a causal call later queries see more keys, so equal parts of the queries are not equal work. Each device then works
 on two of the 2n half-chunks of the queries: device d on the d-th and on the d-th from the end. That is the same work
 for every d. The half-chunks are exchanged before the work, and the results are exchanged back after it. Outside,
-everything lies as it came. The intervals of a visibility travel with their queries, so the pass itself does not notice.
+the data keeps its order. The intervals of a visibility travel with their queries, so the pass itself does not notice.
 
 All keys and their gradients, of all heads, would be most of the memory of a long call. So a long call takes its key
-heads in groups, one group after another: what is gathered, exchanged and scattered is there for one group at a time.
+heads in groups, one after another. It holds the gathered, exchanged and scattered arrays of one group at a time.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from flashlla_jax.visibility import Hiding, Part, Visibility, visibility
 
 Axes = tuple[str, ...]  # the mesh axes that divide a length, the first one outermost
 
-# The least rows of queries, over batch and heads, of a group of heads: 1024 programs of 64 rows, which keep an H100
-# (264 of them at a time) busy but for a few per cent at the end. Fewer would be slower.
+# A group of heads has at least so many rows of queries, over batch and heads: 1024 programs of 64 rows. They keep an
+# H100 (264 programs at a time) busy, except for a few per cent at the end. Fewer would be slower.
 _ROWS_OF_A_GROUP = 65536
 
-# A row that sees few keys is little work, and every group costs about 1 ms of an H100 beside it: what is sent before
-# and after it, and the ends of its kernels. The row of a packed call took a sixth of the time of a causal one. So its
-# groups are larger, at the price of memory: a call holds the keys and their gradients of four times the heads.
+# A row that sees few keys is little work: in a packed call it took a sixth of the time of a causal one. Beside its work
+# every group costs about 1 ms on an H100, for the transfers before and after it and the ends of its kernels. So these
+# groups are larger. They take more memory: the keys of four times the heads, and their gradients.
 _ROWS_OF_FEW_KEYS = 4 * _ROWS_OF_A_GROUP
 
-# A forward pass holds no gradients, so its groups may be larger, and the most that a call holds stays the same.
+# A forward pass holds no gradients, so its groups may be larger without a higher peak of memory.
 _FORWARD = 2
 
 
@@ -52,7 +52,7 @@ def gathered(x: Array, axes: Axes) -> Array:
 def local_visibility(hiding: Hiding, queries: int, keys: int, axes: Axes) -> Visibility:
     """The visibility of all keys by this device's queries.
 
-    ``queries`` and ``keys`` are the device's own. Segment ids, and a mask of keys alone, may lie as the keys do.
+    ``queries`` and ``keys`` are the device's own. Segment ids, and a mask of keys alone, may lie as the keys.
     """
     devices = lax.axis_size(axes)
     if hiding.segment_ids is not None:
@@ -64,11 +64,11 @@ def local_visibility(hiding: Hiding, queries: int, keys: int, axes: Axes) -> Vis
 
 
 def over_length(run: Callable[..., Any], axes: Axes, *, backward: bool) -> Callable[..., Any]:
-    """``run``, a forward or backward pass of some queries and all keys, for parts of both.
+    """Makes a pass over parts of queries and keys from ``run``, which takes some queries and all keys.
 
-    Its arguments are query, key, value, ridge or probe, and a ``Visibility`` of all keys, in the backward pass
-    also the saved arrays and the cotangent. A forward pass gives arrays of the queries, a backward pass the four
-    gradients. Of every array but those of the visibility axis 2 is the heads, or 1.
+    ``run`` is a forward or backward pass. Its arguments are query, key, value, ridge or probe, and a ``Visibility`` of
+    all keys. A backward pass also takes the saved arrays and the cotangent. A forward pass returns arrays of the
+    queries, a backward pass the four gradients. Axis 2 is the heads, or 1, except in the arrays of the visibility.
     """
 
     def divided(query: Array, key: Array, value: Array, own: Array, seen: Visibility, *rest: Any) -> Any:
@@ -99,7 +99,7 @@ def _part(
     *rest: Any,
     exchanged: bool = False,
 ) -> Any:
-    """What ``over_length`` makes of ``run``, for all heads of its arrays; ``exchanged``: the visibility has been."""
+    """``run`` for this device's part and all heads of the arrays. ``exchanged``: the visibility already is."""
     key, value = gathered(key, axes), gathered(value, axes)
     if halves is not None:
         rows = {} if exchanged else _query_side(seen)
@@ -116,17 +116,17 @@ def _part(
 
 
 def groups_of_heads(query: Any, key: Any, *, few_keys: bool, backward: bool) -> int:
-    """How many groups a device takes its key heads in: as many as leave each of them enough to do."""
+    """Into how many groups a device divides its key heads: as many as leave enough work in each."""
     batch, length, heads, _ = query.shape
-    rows = (batch if isinstance(batch, int) else 1) * length * heads  # exported: may be symbolic
+    rows = (batch if isinstance(batch, int) else 1) * length * heads  # may be symbolic in an export
     least = (_ROWS_OF_FEW_KEYS if few_keys else _ROWS_OF_A_GROUP) * (1 if backward else _FORWARD)
     return max(n for n in range(1, key.shape[2] + 1) if key.shape[2] % n == 0 and n <= max(1, rows // least))
 
 
 def _held_together(run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run``, none of whose results is sent before the last one is there.
+    """``run``, with a barrier: no result is sent before all are there.
 
-    XLA would send dq back beside the computation of dk and dv, and hold it twice where the memory is at its peak.
+    Else XLA sends dq back while it computes dk and dv, and holds dq twice at the peak of memory.
     """
     return lambda *given: lax.optimization_barrier(run(*given))
 
@@ -134,8 +134,8 @@ def _held_together(run: Callable[..., Any]) -> Callable[..., Any]:
 def _one_after_another(part: Callable[..., Any], groups: int, given: tuple[Any, ...]) -> Any:
     """``part`` of one group of heads after another.
 
-    In a loop, since XLA would merge what it sees gathered twice, in the forward and in the backward pass, and keep it
-    in between.
+    It is a loop, because else XLA sees that both passes gather the same keys, merges the two gathers, and keeps the
+    keys in between.
     """
 
     def cut(group: Array, x: Any) -> Any:
@@ -178,8 +178,8 @@ def _with_query_side(seen: Visibility, rows: dict[str, Any]) -> Visibility:
 class _Halves(NamedTuple):
     """The half-chunks of the queries: device d has the ones numbered 2d and 2d + 1, and works on d and 2n - 1 - d.
 
-    The even ones go to n different devices, and so do the odd ones: two permutations, by each of which all arrays are
-    sent at once. Device d works first on the earlier of its two, which is the even one where d is even.
+    The even ones go to n different devices, and so do the odd ones. So there are two permutations, and each sends all
+    arrays at once. Device d works first on the earlier of its two, which is the even one if d is even.
     """
 
     axes: Axes
@@ -187,7 +187,7 @@ class _Halves(NamedTuple):
     queries: int  # of a device
 
     def exchanged(self, tree: Any) -> Any:
-        """The arrays of a tree, from the parts that came to those that are worked on."""
+        """The arrays of a tree, for the half-chunks that this device works on in place of those that it has."""
 
         def move(even: list[Array], odd: list[Array]) -> Any:
             return self._swapped(self._sent(even, 0, back=False), self._sent(odd, 1, back=False))
@@ -213,13 +213,13 @@ class _Halves(NamedTuple):
         return structure.unflatten(leaves)
 
     def _swapped(self, first: list[Array], second: list[Array]) -> tuple[list[Array], list[Array]]:
-        """On odd devices: from the order by number to that of the work, and back."""
+        """Swaps both halves on odd devices: from the order by number to the order of the work, or back."""
         swap = lax.axis_index(self.axes) % 2 == 1
         chosen = [(jnp.where(swap, b, a), jnp.where(swap, a, b)) for a, b in zip(first, second, strict=True)]
         return [pair[0] for pair in chosen], [pair[1] for pair in chosen]
 
     def _sent(self, halves: list[Array], odd: int, *, back: bool) -> list[Array]:
-        """Arrays to where the even or the odd half-chunks are worked on, or back from there."""
+        """Sends the even or the odd half-chunks to the devices that work on them, or back."""
         chunks = [2 * device + odd for device in range(self.devices)]
         pairs = [(device, min(chunk, 2 * self.devices - 1 - chunk)) for device, chunk in enumerate(chunks)]
         if all(source == target for source, target in pairs):
@@ -234,7 +234,7 @@ class _Halves(NamedTuple):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _permuted(axes: Axes, pairs: tuple[tuple[int, int], ...], arrays: list[Array]) -> list[Array]:
-    """Arrays of one batch size, sent as one. JAX takes the derivative of integers for zero, so it is told here."""
+    """Sends arrays of one batch size as one of integers. JAX takes its derivative for zero, so the rule stands here."""
     packed, unpack = _packed(arrays)
     return unpack(lax.ppermute(packed, axes, pairs))
 
@@ -251,7 +251,7 @@ def _permuted_jvp(axes: Axes, pairs: Any, primals: Any, tangents: Any) -> tuple[
 def _packed(arrays: list[Array]) -> tuple[Array, Callable[[Array], list[Array]]]:
     """Arrays ``(B, L, ...)`` of any dtypes as one of unsigned integers, ``(B, L, words)``, and the way back.
 
-    A collective costs its start beside its bytes: this is one in place of a dozen.
+    Each collective has a fixed cost. This is one in place of a dozen.
     """
     dtypes = [x.dtype for x in arrays]
     given = [x.astype(jnp.uint8) if x.dtype == bool else x for x in arrays]

@@ -59,11 +59,11 @@ def by_shard(
     *,
     lengthwise: bool = False,
 ) -> Any:
-    """Runs ``attend`` of the canonical call. On a mesh with explicit axes each device computes its part.
+    """Runs ``attend`` on the canonical call. On a mesh with explicit axes each device computes its part.
 
-    ``own`` is the method's own array of the queries, (B, T, N) or (B, T, N, D).
-    ``hiding`` holds arrays, or pairs of them, the queries' first. Axis 0 is the batch (or 1, or missing). Of the mask,
-    axis 1 is the heads (or 1) and axis 2 the queries (or 1).
+    ``own`` is the ridge, (B, T, N), or Parallax's probe, (B, T, N, D).
+    ``hiding`` holds arrays, and pairs with the queries' array first. Axis 0 is the batch (or 1, or missing). Axis 1 of
+    the mask is the heads (or 1), and axis 2 the queries (or 1).
 
     With ``lengthwise`` the length may be divided. ``attend`` then has one more argument at the end: the mesh axes that
     divide the length, or None. Keys and values are divided as the query is.
@@ -98,8 +98,8 @@ def by_shard(
 def _placed(arrays: dict[str, Array], lengthwise: bool) -> tuple[Any, _Axes]:
     """The mesh with explicit axes that some array lies on, if any, and the axes of the call.
 
-    The query's, and where it has none those of key and value that are still free. Of the length the query alone
-    decides.
+    The query's axes count first. If it has none for the batch or the heads, those of key and value count, unless they
+    are in use. The query alone decides on the length.
     """
     found: dict[int, Any] = {}
     mesh = None
@@ -132,7 +132,7 @@ def _check_division(mesh: Any, axes: _Axes, key: Array) -> None:
     shards = _size(mesh, axes.length)
     if key.shape[1] % shards:
         raise NotImplementedError(
-            f"where the query's length is sharded, the key's must divide evenly among the {shards} shards of mesh axis "
+            f"if the query's length is sharded, the key's must divide evenly among the {shards} shards of mesh axis "
             f"{axes.length!r}, got {key.shape[1]}; pad keys and values and give key_value_seq_lengths and query_offset"
         )
 
@@ -149,7 +149,7 @@ def _size(mesh: Any, axes: Any) -> int:
 class _Places(NamedTuple):
     """Which axes of an array are the batch, the heads, the queries and the keys.
 
-    None where it has no such axis, where all share one, or where it stays whole.
+    None if the array has no such axis, if all share one entry, or if the axis stays whole.
     """
 
     batch: int | None
@@ -166,7 +166,7 @@ class _Sides(NamedTuple):
     key_results: tuple[int, ...]
 
     def of_given(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Of a call's arguments; the second and third are the key side."""
+        """The places of a call's arguments. The second and third belong to the keys."""
         return tuple(self._of(x, i in (1, 2)) for i, x in enumerate(given))
 
     def of_results(self, results: Any) -> Any:
@@ -212,13 +212,13 @@ def divisible(
     over_length: Callable[[tuple[str, ...]], Callable[..., Any]] | None = None,
     key_results: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
-    """``run``, which XLA may divide by batch, heads and length on a mesh with automatic axes, though it is opaque.
+    """Lets XLA divide the opaque ``run`` by batch, heads and length, on a mesh with automatic axes.
 
-    The first arguments of ``run`` are query, key and value, and one may be a ``Visibility``. Of all other arrays, in
-    and out, axis 0 is the batch, and axis 2 the heads, the key/value heads, or 1. ``over_length(mesh axes)`` gives the
-    function that computes a part of the length. Axis 1 is then the queries (or 1), for key, value and the results that
-    ``key_results`` numbers the keys. Without ``over_length`` the length stays whole, and so does a length of queries
-    or keys that does not divide evenly. On one device nothing changes: ``run`` is lowered as it is.
+    The first arguments of ``run`` are query, key and value, and one may be a ``Visibility``. In all other arguments
+    and results axis 0 is the batch, and axis 2 the heads, the key/value heads, or 1. ``over_length(mesh axes)`` gives
+    the function that computes a part of the length. Axis 1 is then the keys in key, value and the results that
+    ``key_results`` numbers, and the queries (or 1) in the others. Without ``over_length`` the length stays whole. So
+    does a length of queries or keys that does not divide evenly. On one device ``run`` is lowered as it is.
     """
 
     def sides(query: Any) -> _Sides:
@@ -244,7 +244,8 @@ def divisible(
     def call(*arrays: Any) -> Any:
         if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
             return run(*arrays)  # inside jax.shard_map it is divided already
-        divided = custom_partitioning(lambda *arrays: run(*arrays))  # it would fill in a partial's keywords
+        # a lambda, because custom_partitioning fills in the keywords of a partial
+        divided = custom_partitioning(lambda *arrays: run(*arrays))
         rule = partial(_rule, sides(arrays[0]), jax.tree.structure(arrays))
         divided.def_partition(partition, sharding_rule=rule)
         return divided(*arrays)

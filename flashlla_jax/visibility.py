@@ -1,9 +1,9 @@
-"""Which keys a query sees: one interval of positions a query, made once from the arguments that hide keys.
+"""Which keys a query sees: one interval of positions for each query, made once from the arguments that hide keys.
 
 Causality, windows, lengths, padding, packed documents and chunked prefill all come to the same thing: query i sees the
-keys j of one interval, ``start_i <= j < end_i``. Two more fields are looked at inside the interval, where it does not
-say all: segments (and hidden keys) that are not contiguous, and a boolean mask. Nothing below this file knows of
-causality, of lengths or of how queries and keys are aligned.
+keys j of one interval, ``start_i <= j < end_i``. If the interval does not say all, two more fields
+count inside it: segments (and hidden keys) that are not contiguous, and a boolean mask. Nothing below this file knows
+causality, lengths or how queries and keys are aligned.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from jaxtyping import Array, Bool, Int
 # Positions are int32. Windows and offsets are cut to this: no array is as long, and sums of three of them fit.
 LARGEST_POSITION = 2**29
 
-# So many keys a query, at the most, are few: see Visibility.few_keys.
+# Up to so many keys for a query are few: see Visibility.few_keys.
 _FEW_KEYS = 1024
 
-# Ids of tokens that are hidden whatever the interval says. Those of segments are positions, so below the length.
+# Ids of tokens that are hidden, whatever the interval says. Ids of segments are positions, so they are not negative.
 _HIDDEN_KEY, _HIDDEN_QUERY = -1, -2
 
 
@@ -39,17 +39,18 @@ class Visibility:
 
     Attributes:
         start: position of the first key that the query sees.
-        end: one more than that of the last; both are 0 for a query that sees no key (in any head).
-        query_ids, key_ids: None, or numbers of segments; equal ones see each other. Negative ones never do. They are
-            positions of keys, and depend on the keys' ids alone: parts of the queries have the same ones.
-        contiguous: with ids: whether they say nothing that the intervals do not, so that none need be compared.
+        end: position of the last one, plus 1. Both are 0 for a query that sees no key (in any head).
+        query_ids, key_ids: None, or numbers of segments. A query sees keys of an equal id, which is not negative. The
+            ids are positions of keys, and depend on the keys' ids alone: all parts of the queries have the same ones.
+        contiguous: None without ids; else whether the intervals already say all that the ids say. Then the ids need not
+            be compared.
         mask: None, or True where a key is visible.
         from_first: whether every start is known to be 0.
-        complete: whether every query is known to see a key and every key to be seen: nothing need be zeroed.
-        uneven: whether later queries may well see more keys than earlier ones: of a length that is divided, equal
-            parts are not equal work then.
-        few_keys: whether queries are known to see few keys (a short call, a window) or likely to (packed documents).
-            It does not change what is visible, only how the kernels are launched.
+        complete: whether every query is known to see a key, and every key to be seen. Then nothing is set to 0.
+        uneven: whether later queries probably see more keys than earlier ones. Then equal parts of a divided length
+            are not equal work.
+        few_keys: whether queries see few keys for certain (a short call, a window) or probably (packed documents). It
+            does not change which keys are visible, only how the kernels are launched.
     """
 
     start: Int[Array, "#B T"]
@@ -90,7 +91,7 @@ class Part(NamedTuple):
 def visibility(hiding: Hiding, queries: int, keys: int, part: Part | None = None) -> Visibility:
     """The visibility of ``queries`` by ``keys``, in memory linear in both, except for the mask.
 
-    Of a part of the queries the query sides of segments and mask are the part's own, and so are those that come out.
+    With ``part``, the query sides of segments and mask hold that part alone, in the arguments and in the result.
     """
     static = hiding._replace(query_offset=0, query_lengths=None, key_lengths=None, segment_ids=None, mask=None)
     offset = hiding.query_offset
@@ -114,7 +115,7 @@ def _complete(hiding: Hiding, queries: int, keys: int) -> bool:
     if any(x is not None for x in given) or not isinstance(hiding.query_offset, int):
         return False
     if hiding.segment_ids is not None:
-        # every token sees itself, if both sides have the same ones
+        # if both sides are the same tokens, every token sees itself
         left, right = hiding.window or (0, 0)
         return hiding.same_segments and hiding.query_offset == 0 and queries == keys and left >= 0 and right >= 0
     start, end = _rule(hiding.is_causal, hiding.window, hiding.query_offset + np.arange(queries)[None], keys)
@@ -204,8 +205,8 @@ def _within_segments(
 ) -> tuple[Array, Array, tuple[Array, Array, Array]]:
     """The tightest intervals that hold all visible keys, and ``(query_ids, key_ids, contiguous)``.
 
-    The keys are sorted by segment and position, hidden ones last. The keys that a query sees are then those between the
-    two ends of its interval, which are looked up there, in whatever order the segments came.
+    The keys are sorted by segment and position, hidden ones last. A search finds the two ends of a query's interval in
+    that order, and the query sees the keys between them. So the segments may come in any order.
     """
     queries = start.shape[1]
     if segment_ids is None:
@@ -222,7 +223,7 @@ def _within_segments(
     if key_mask is not None:
         key_mask = jnp.broadcast_to(key_mask, (batch, keys))
         visible, hidden = jnp.sum(key_mask, axis=1, keepdims=True, dtype=jnp.int32), ((~key_mask).astype(jnp.int32),)
-    # Ids keep their dtype, so that 64-bit ids stay apart. No two keys are equal, and a stable sort would take longer.
+    # Ids keep their dtype, so that 64-bit ids stay apart. No two entries are equal, and a stable sort takes longer.
     by = (*hidden, key_ids, position)
     *_, ids, order = lax.sort(by, dimension=1, is_stable=False, num_keys=len(by))
 
@@ -242,7 +243,7 @@ def _within_segments(
 
 
 def _before(ids: Array, order: Array, visible: Array, wanted: Array, place: Array) -> Int[Array, "B n"]:
-    """How many of the first ``visible`` pairs of ``(ids, order)``, which are sorted, come before ``(wanted, place)``.
+    """How many of the first ``visible`` sorted pairs ``(ids, order)`` come before ``(wanted, place)``.
 
     By bisection, unrolled: XLA makes one kernel of it.
     """
@@ -256,7 +257,7 @@ def _before(ids: Array, order: Array, visible: Array, wanted: Array, place: Arra
     return count
 
 
-# Row by row, by vmap: so XLA sees that no row needs another's, and divides them among devices without sending any.
+# vmap goes row by row. So XLA sees that no row needs another, and divides them among devices without sending any.
 
 
 def _taken(x: Array, index: Array) -> Array:
@@ -281,7 +282,7 @@ def dense(seen: Visibility, keys: int) -> Bool[Array, "#B #N T S"]:
 
 def seeing_queries(seen: Visibility, keys: int) -> Bool[Array, "#B T #N"]:
     """Which queries see some key."""
-    if seen.mask is None or seen.mask.shape[1] == 1:  # the intervals are as tight as can be
+    if seen.mask is None or seen.mask.shape[1] == 1:  # the intervals are tight
         return (seen.start < seen.end)[..., None]
     return jnp.moveaxis(jnp.any(dense(seen, keys), axis=3), 1, 2)
 
@@ -293,7 +294,7 @@ def seen_keys(seen: Visibility, keys: int, kv_heads: int) -> Bool[Array, "#B S #
         if by_head.shape[1] > 1:
             by_head = jnp.any(by_head.reshape(by_head.shape[0], kv_heads, -1, keys), axis=2)
         return jnp.moveaxis(by_head, 1, 2)
-    # a query adds 1 to the keys from its first on, and takes it back from its last on
+    # a query adds 1 to the keys from its start on, and takes 1 off from its end on
     batch = seen.start.shape[0]
     if seen.query_ids is None or seen.key_ids is None:
         steps = jax.vmap(lambda start, end: jnp.zeros(keys + 1, jnp.int32).at[start].add(1).at[end].add(-1))
@@ -313,7 +314,7 @@ def seen_keys(seen: Visibility, keys: int, kv_heads: int) -> Bool[Array, "#B S #
 
 
 def without_hidden(query: Array, key: Array, value: Array, seen: Visibility) -> tuple[Array, Array, Array]:
-    """The arrays with zeros at queries that see no key and at keys that none sees: NaN would outlive a weight of 0."""
+    """The arrays with zeros at queries that see no key and at keys that none sees: NaN times a weight of 0 is NaN."""
     if seen.complete:
         return query, key, value
     keys = seen_keys(seen, key.shape[1], key.shape[2])[..., None]
