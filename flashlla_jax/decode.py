@@ -64,8 +64,8 @@ def lla_decode(
 
     Args:
         query: ``(B, T, N, D)``, T from 1 to 8. bfloat16, float16, float32 or float64.
-        key_cache: ``(B, S, K, D)``, K dividing N: each key/value head serves N / K query heads, for which it is read
-            once. A dtype of the query's list, which may be another than the query's, or float8_e4m3fn or float8_e5m2.
+        key_cache: ``(B, S, K, D)``, K divides N: each key/value head serves N / K query heads, and is read once for
+            them. A dtype of the query's list, the same or another, or float8_e4m3fn or float8_e5m2.
         value_cache: ``(B, S, K, Dv)``, in the dtype of ``key_cache``.
         lengths: How many positions of each row are written, the tokens included: an int or an integer scalar for all
             rows, or ``(B,)``. From 0 to S. A value outside is an error if it is known (Python or NumPy), else the
@@ -76,7 +76,7 @@ def lla_decode(
         local_window_size: As in :func:`~flashlla_jax.lla_attention`.
         ridge_lambda: As in :func:`~flashlla_jax.lla_attention`; broadcasts to ``(B, T, N)``.
         qk_scale: As in :func:`~flashlla_jax.lla_attention`.
-        precision: As in :func:`~flashlla_jax.lla_attention`; of the Triton kernels. XLA and the reference are exact.
+        precision: As in :func:`~flashlla_jax.lla_attention`, for the Triton kernels. XLA and the reference are exact.
         implementation: ``"triton"``, ``"xla"``, ``"reference"`` or None, as in :func:`~flashlla_jax.lla_attention`.
 
     Returns:
@@ -114,8 +114,8 @@ def parallax_decode(
 ) -> Float[Array, "B T N Dv"]:
     """Parallax of the last 1 to 8 tokens of every row of a cache: one step of generation.
 
-    Equals causal :func:`~flashlla_jax.parallax_attention` over the written part of the cache for these tokens, as
-    :func:`lla_decode` is for :func:`~flashlla_jax.lla_attention`. The arguments are ``lla_decode``'s, less the ridge.
+    Equals causal :func:`~flashlla_jax.parallax_attention` over the written part of the cache for these tokens. The
+    arguments are those of :func:`lla_decode` without the ridge.
 
     Args:
         query: As in :func:`lla_decode`.
@@ -148,7 +148,7 @@ def parallax_decode(
 
 
 def _check_hiding(query: Array, key: Array, lengths: Any, starts: Any, mask: Any) -> dict[str, Any]:
-    """The arrays that hide keys, of those that are given."""
+    """The given arguments that hide keys, as arrays."""
     batch, tokens, heads, _ = query.shape
     masks = {"(B, T, S)": (batch, tokens, key.shape[1]), "(B, N, T, S)": (batch, heads, tokens, key.shape[1])}
     hiding = {
@@ -212,7 +212,7 @@ def _reference(static: _Static, query: Array, key: Array, value: Array, own: Arr
 def _visibility(
     window: tuple[int, int] | None, lengths: Array, starts: Array | None, mask: Array | None, tokens: int, keys: int
 ) -> Visibility:
-    """One interval a query, ``(B, T)``; inside of it the mask is looked at."""
+    """One interval for each query, ``(B, T)``. The mask counts inside it."""
     position = lengths[:, None] - tokens + jnp.arange(tokens, dtype=jnp.int32)[None]
     start, end = jnp.zeros_like(position), jnp.clip(position + 1, 0, keys)
     if window is not None:

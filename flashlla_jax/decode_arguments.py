@@ -1,4 +1,4 @@
-"""The arguments of ``lla_decode``: checked, as JAX arrays. arguments.py has those of ``lla_attention`` too."""
+"""Checks of the arguments of ``lla_decode``. arguments.py has the checks that ``lla_attention`` needs too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from flashlla_jax.arguments import check_groups, check_integers
 
-# The state of a query is a D x D matrix: a prompt of more tokens is for lla_attention, in linear memory.
+# The state of a query is a D x D matrix. A longer prompt goes through lla_attention, which takes linear memory.
 MOST_TOKENS = 8
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -26,7 +26,7 @@ def check_cache(query: Any, key: Any, value: Any) -> tuple[Array, Array, Array]:
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
             raise TypeError(f"{name} must be an array, got {type(x).__name__}")
         allowed = _DTYPES if name == "query" else _CACHE_DTYPES
-        if str(x.dtype) not in allowed:  # as it was given: x64 may be off, and float64 be float32 to JAX
+        if str(x.dtype) not in allowed:  # the given dtype: without x64 JAX would make it float32
             raise TypeError(f"{name} has dtype {x.dtype}; allowed are {', '.join(allowed)}")
         if len(x.shape) != 4:
             axes = "(B, T, N, D)" if name == "query" else "(B, S, K, D)"
@@ -80,7 +80,7 @@ def check_starts(starts: Any, query: Array) -> Any:
 
 
 def _as_int32(x: Any, least: int, most: int) -> Any:
-    """Cut to where more makes no difference, in the integers' own dtype, in which the bounds may not exist."""
+    """Cuts at bounds beyond which nothing changes. The integers' own dtype may not hold these bounds."""
     limits = np.iinfo(x.dtype)
     least, most = max(least, int(limits.min)), min(most, int(limits.max))
     if isinstance(x, jax.Array):

@@ -1,19 +1,19 @@
 """Decoding by XLA: a few queries over a cache, in one pass over it. Local Linear Attention is solved exactly.
 
-For a query and the keys j that it sees, p_j being the softmax weights:
+For a query and the keys j that it sees, with softmax weights p_j:
 
     kbar = sum_j p_j k_j,  vbar = sum_j p_j v_j
     o = vbar + Cov_p(v, k) (Cov_p(k, k) + lambda I)^-1 (q - kbar)
 
-which is the operator's centred form with the regression written out. A few queries leave nothing to share a
-conjugate-gradient step between, while the covariances of each need the cache only once.
+This is the operator's centred form with the regression written out. A conjugate-gradient step would read the cache for
+a few queries only. The covariances of a query need the cache only once in all.
 
-The cache is read in blocks, from the first that some query sees to the last. Each block's means and covariances,
-centred on the block's own mean, are merged with the blocks before by the update of Chan, Golub and LeVeque (1979), so
-nothing is lost to the cancellation of ``E[kk] - E[k]E[k]`` where a few keys hold the weight. Keys are taken relative to
-an origin among them, so that nothing is lost to a large common offset either.
+The cache is read in blocks, from the first that some query sees to the last. The covariances of a block are centred on
+its own mean. The update of Chan, Golub and LeVeque (1979) merges them with the blocks before. So ``E[kk] - E[k]E[k]``
+does not cancel if a few keys hold the weight. Keys are taken relative to one of them, so that a large common offset
+costs no digits either.
 
-Parallax, with a probe r in place of the solution, needs no covariance: the running mean t of k.r, and the sums of the
+Parallax has a probe r in place of the solution, and needs no covariance. The running mean t of k.r, and the sums of the
 values by p and by p a are enough (kernels/parallax.py says how they are kept).
 """
 
@@ -33,8 +33,8 @@ from flashlla_jax.interface import accumulation_dtype, usable_ridge
 from flashlla_jax.sharding import varying_like
 from flashlla_jax.visibility import Visibility
 
-# Numbers in the largest temporary, the centred keys and values of one block for every query: 16 MiB in float32. But a
-# block has D keys at least, when it is as large as the covariances: shorter ones would mostly read and write those.
+# Numbers in the largest temporary, the centred keys and values of one block for every query: 16 MiB in float32. A block
+# has at least D keys, and is then as large as the covariances. Shorter blocks would mostly read and write those.
 _BLOCK_SIZE = 2**22
 
 
@@ -61,18 +61,18 @@ def decode(
     *,
     reversible: bool = False,
 ) -> Float[Array, "B T N Dv"]:
-    """Attention of T tokens over a cache that already holds them; zero where a query sees no key.
+    """Attention of T tokens over a cache that already holds them; zero for a query that sees no key.
 
-    The cache is widened block by block, never as a whole; all arithmetic is in the query's accumulation dtype. What no
-    query sees is never used, even where it is NaN.
+    The cache is widened block by block, never as a whole; all arithmetic is in the query's accumulation dtype. Keys
+    and values that no query sees are never used, even if they are NaN.
 
     Args:
         query: The tokens' queries.
         key: The cache, in any floating dtype.
         value: The cache, in any floating dtype.
-        ridge_lambda: In the accumulation dtype; NaN comes of a ridge that is not positive.
+        ridge_lambda: In the accumulation dtype. A ridge that is not positive gives NaN.
         seen: Which keys a query sees; only intervals and mask are looked at.
-        first: Position of the first key that a query sees; anything where it sees none.
+        first: Position of the first key that a query sees; any number if it sees none.
         qk_scale: Factor of the logits.
         reversible: Whether JAX must be able to differentiate this, which takes a loop over the whole cache.
 
@@ -87,7 +87,7 @@ def decode(
     origin = _origin(key, first, dtype)
     moments = _moments(qk_scale, q, key, value, origin, seen, tokens, reversible=reversible)
 
-    sees = moments.omega != 0  # NaN too: a bad key that is seen must show
+    sees = moments.omega != 0  # true for NaN: a bad key that is seen must show
     lam = jnp.where(sees, usable_ridge(lam), 1)
     m = (q - origin[:, :, None]) - moments.mean[..., :dim]
     x = solve(moments.covariance[..., :dim], lam, m)
@@ -163,9 +163,9 @@ def solve(
 ) -> Float[Array, "*rows D"]:
     """(covariance + lam I)^-1 m, whatever the scale of the keys; with the derivative of the solution.
 
-    Large keys, or a ridge that is small beside their covariance, leave a matrix that rounding may have made indefinite.
-    Scaled to a unit diagonal its entries are off by their rounding, so D times that on the diagonal makes it definite
-    again. Two steps of iterative refinement restore the directions that rounding has not swallowed.
+    If the keys are large, or the ridge is small beside their covariance, rounding may make the matrix indefinite. The
+    matrix is scaled to a unit diagonal, so its entries are off by their rounding. D times that, added to the diagonal,
+    makes it definite again. Two steps of iterative refinement restore the directions that rounding has not lost.
     """
     dim = m.shape[-1]
     rounding = 2 * dim * float(jnp.finfo(m.dtype).eps)
@@ -199,7 +199,7 @@ def _origin(key: Array, first: Int[Array, "B K R"], dtype: Any) -> Float[Array, 
     """The earliest key that some query of the group sees. The result does not depend on it: it has no gradient."""
     first = jnp.min(first, axis=2)[:, None, :, None]
     origin = lax.stop_gradient(jnp.take_along_axis(key, first, axis=1)[:, 0].astype(dtype))
-    return jnp.where(jnp.isfinite(origin), origin, 0)  # unwritten where nothing is seen
+    return jnp.where(jnp.isfinite(origin), origin, 0)  # the cache may be unwritten there
 
 
 def _moments(
@@ -215,7 +215,7 @@ def _moments(
 ) -> _Moments:
     """The statistics of each query's visible keys, by a loop over the blocks that some query sees.
 
-    Its length is known at run time only; ``reversible``: by one over all blocks, which skips the others.
+    The number of these blocks is known at run time only. A ``reversible`` loop goes over all and skips the rest.
     """
     batch, kv_heads, rows, dim = q.shape
     value_dim = value.shape[3]
@@ -248,7 +248,10 @@ def _over_blocks(
     capacity: int,
     reversible: bool,
 ) -> _State:
-    """The statistics of all blocks that some query sees, of those of no block and of the arrays that they depend on."""
+    """The statistics of all blocks that some query sees.
+
+    ``nothing`` are the statistics of no block, ``given`` the arrays that they depend on.
+    """
     nothing, bounds = varying_like((nothing, _blocks(seen, block)), given)
     begin, end = bounds
     if not reversible:
@@ -296,7 +299,7 @@ def _merge_block(
     p = w / jnp.where(omega_here > 0, omega_here, 1)[..., None]
     mean_here = jnp.einsum("bkrc,bkce->bkre", p, kv, precision="highest")
     centred = kv[:, :, None] - mean_here[:, :, :, None]  # (B, K, R, C, E)
-    # a matrix product with the sum over the left one's last axis: on a CPU 1.6 times as fast as over the first axes
+    # this product sums over the left one's last axis: on a CPU 1.6 times as fast as over the first axes
     weighted = jnp.swapaxes(p[..., None] * centred[..., :dim], -1, -2)
     covariance_here = jnp.einsum("bkrdc,bkrce->bkrde", weighted, centred, precision="highest")
     share = (omega_here / jnp.where(omega > 0, omega, 1))[..., None]
@@ -313,7 +316,7 @@ def _merge_block(
 def _load_block(
     q: Array, key: Array, value: Array, origin: Array, seen: Visibility, tokens: int, block: int, j: Array
 ) -> tuple[Array, Array]:
-    """Which rows see which keys of block j, and keys and values side by side, zero where no row does."""
+    """Which rows see which keys of block j; its keys and values side by side, zero if no row sees them."""
     batch, kv_heads, rows, _ = q.shape
     start = jnp.minimum(j * block, key.shape[1] - block)  # the last block reaches back rather than over the end
     columns = start + jnp.arange(block, dtype=jnp.int32)[None, None]

@@ -1,15 +1,15 @@
 """The kernels of a decode step: the moments of a query's keys, by split of the cache, and the solve from all splits.
 
 For every query (row) the cache is cut into SPLITS parts, so that there is work for the whole GPU at any batch size. A
-program of the first kernel takes BD of the key's features of one row and one split, and gathers there
+program of the first kernel takes BD of the key's features of one row and one split, and adds up
 
     top = max_j s_j,  omega = sum_j p_j,  kbar, vbar,  M = sum_j p_j (k_j - kbar) (k_j - kbar, v_j - vbar)^T
 
-with p_j = exp2(s_j - top). All four sums over the features are products for the tensor cores. M is the weighted keys,
-relative to a key near the mean and as hi + lo halves in registers, times keys and values as they lie in
-shared memory: what bounds this kernel at D = 128 is how often shared memory is read. The logits and the two means take
-a vector in the place of a matrix, which holds the vector's parts in the first of its COLUMNS. Products of float32 have
-a kernel of their own, decode_float32.py, with the same results.
+with p_j = exp2(s_j - top). All four sums over the features are products for the tensor cores. M is a product
+of the weighted keys with the keys and values. The weighted keys are relative to a point near the mean, and are hi + lo
+halves in registers. Keys and values stay in shared memory. How often it is read bounds this kernel at D = 128. The
+logits and the two means are products with a vector: a matrix has the vector's parts in the first of its COLUMNS.
+Products of float32 have a kernel of their own, decode_float32.py, with the same results.
 
 A program of the second kernel merges the splits of one row (Chan, Golub and LeVeque 1979) and solves by conjugate
 gradients on the matrix scaled to a unit diagonal. Nothing is added atomically: the same inputs give the same bits.
@@ -20,11 +20,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# The largest logit before any, and of a split that sees no key: finite, so that there is no inf - inf.
+# The largest logit before any key, and of a split that sees no key. It is finite, so that there is no inf - inf.
 NO_LOGIT: tl.constexpr = tl.constexpr(-3e38)
-# Of a matrix that stands for a vector: the fewest that a product takes.
+# Columns of a matrix that stands for a vector: the fewest that a product takes.
 COLUMNS: tl.constexpr = tl.constexpr(16)
-# Keys whose mean weighted keys are relative to.
+# The weighted keys are relative to the mean of so many keys.
 FEW: tl.constexpr = tl.constexpr(32)
 
 
@@ -39,7 +39,7 @@ class Partials(NamedTuple):
 
 @triton.jit
 def row_of(number, T, c: tl.constexpr):
-    """Batch entry, token, query head and key head of a row; those of one key head follow each other."""
+    """Batch entry, token, query head and key head of a row. The rows of one key head follow each other."""
     GROUP: tl.constexpr = c.HEADS // c.KV_HEADS
     member = number % GROUP
     token = number // GROUP % T
@@ -60,7 +60,7 @@ def keys_of_split(interval_ptr, query, split, c: tl.constexpr):
 
 @triton.jit
 def mask_offset(batch, token, head, T, S, c: tl.constexpr):
-    """Where a row begins in the mask, whose axes are as long as the call's or 1: MASK_B to MASK_S are then 1 or 0."""
+    """The offset of a row in the mask. MASK_B to MASK_S are 1 for axes as long as the call's, 0 for axes of size 1."""
     tokens = 1 + c.MASK_T * (T - 1)
     keys = 1 + c.MASK_S * (S - 1)
     heads = 1 + c.MASK_N * (c.HEADS - 1)
@@ -79,7 +79,7 @@ def first_seen(interval_ptr, first_ptr, query, head, c: tl.constexpr):
 
 @triton.jit
 def visible_keys(mask_row, n, high, c: tl.constexpr):
-    """Which of the keys ``n`` a row sees, of those below ``high``."""
+    """Which of the keys ``n`` a row sees; none from ``high`` on."""
     visible = n < high
     if c.MASK:
         visible = visible & (tl.load(mask_row + n * c.MASK_S, mask=visible, other=0) != 0)
@@ -103,9 +103,9 @@ def load_columns(base, n, d, visible, STRIDE: tl.constexpr, c: tl.constexpr):
 
 @triton.jit
 def centre_of(base, low, high, mask_row, d, STRIDE: tl.constexpr, c: tl.constexpr):
-    """Features ``d`` of the mean of the first few keys of a split, of those that are visible; 0 if none is.
+    """Features ``d`` of the mean of the visible keys among the first few of a split; 0 if none is visible.
 
-    What the products round, they round relative to the weighted keys and to their sum: near the mean both are small,
+    The products' rounding errors are relative to the weighted keys and to their sum. Near the mean both are small,
     whatever offset the keys have in common.
     """
     n = low + tl.arange(0, FEW)
@@ -125,7 +125,7 @@ def widened(block, c: tl.constexpr):
 
 @triton.jit
 def columns_of(x, DTYPE: tl.constexpr, PARTS: tl.constexpr, FIRST: tl.constexpr = 0):
-    """(len(x), COLUMNS): side by side, as many parts as hold float32's x in the products' dtype. Their sum is x.
+    """(len(x), COLUMNS): a float32 x as PARTS parts in the products' dtype, side by side. Their sum is x.
 
     FIRST is the column of the first one.
     """
@@ -140,7 +140,7 @@ def columns_of(x, DTYPE: tl.constexpr, PARTS: tl.constexpr, FIRST: tl.constexpr 
 
 @triton.jit
 def two_parts(p, DTYPE: tl.constexpr):
-    """What two parts hold of p: the weight that every sum is taken with."""
+    """p rounded to the sum of two parts. Every sum takes this weight."""
     hi = p.to(DTYPE).to(tl.float32)
     return hi + (p - hi).to(DTYPE).to(tl.float32)
 
@@ -149,8 +149,8 @@ def two_parts(p, DTYPE: tl.constexpr):
 def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omegas, means, moments, c: tl.constexpr):
     """One row, one split, BD features.
 
-    Programs that follow each other read the same keys: the chunks of features of a split, the splits of a row, and the
-    rows of a group, whose programs are mostly on the GPU at once, so that the cache comes from memory once.
+    The order of the programs: the chunks of features of a split, the splits of a row, the rows of a group. So programs
+    that read the same keys are mostly on the GPU at once, and the cache comes from memory once.
     """
     CHUNKS: tl.constexpr = c.DP // c.BD
     chunk = tl.program_id(0) % CHUNKS
@@ -177,14 +177,14 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
     place = number.to(tl.int64) * c.SPLITS + split
     WIDTH: tl.constexpr = c.DP + c.DVP
     chunk_means = means + place * WIDTH + chunk_d
-    # by way of memory: a load Triton makes in every layout that a product wants, a sum it would move there
+    # through memory: Triton loads in every layout that a product wants, but would have to move a sum there
     tl.store(chunk_means, centre_of(k_base, low, high, mask_row, chunk_d, K_STRIDE, c))
     tl.debug_barrier()
     centre = tl.load(chunk_means)
 
     top = NO_LOGIT
     weights = tl.zeros((c.BN,), tl.float32)  # added up at the end: a sum now would make all warps wait
-    # The sum of the weighted keys as the halves hold them: so the rest that they do not hold goes with k - kbar and
+    # SUMMED: the halves of the weighted keys are added up. Then the rest that they do not hold goes with k - kbar and
     # v - vbar, which are small if one key has most of the weight. More features leave no registers for it.
     SUMMED: tl.constexpr = c.DP <= 64
     if SUMMED:
@@ -207,7 +207,7 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
         shrink = tl.math.exp2(top - new_top)
         top = new_top
         weights = weights * shrink + p
-        # all of this before the products: what comes between them would make the tensor cores wait
+        # all of this before the products: work between them would make the tensor cores wait
         v_sum *= shrink
         kk *= shrink
         kv *= shrink
@@ -224,8 +224,8 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
         kk = tl.dot(hi, K, acc=tl.dot(lo, K, acc=kk))
         kv = tl.dot(hi, V, acc=tl.dot(lo, V, acc=kv))
         weight_columns = columns_of(p, DTYPE, 2)
-        # tensor cores cut off what a sum cannot hold, always towards 0: of an offset of the keys that adds up
-        # (as a matrix, it would be made the product's accumulator after all)
+        # added outside of the product: tensor cores round sums towards 0, and with an offset of the keys that adds up
+        # (if k_sum were a matrix, Triton would make it the product's accumulator after all)
         k_sum = k_sum * shrink + tl.sum(tl.dot(keys, weight_columns), 1)
         v_sum = tl.dot(tl.trans(V), weight_columns, acc=v_sum)
 
@@ -281,8 +281,8 @@ def solve_kernel(q, k, lam_ptr, interval_ptr, first_ptr, tops, omegas, means, mo
     A = merge_keys(partials, top, total, kbar, c)
     along = 0.0
     if not c.UPCAST:
-        # The sum of the weighted keys, as the products have them, is not quite what was taken for it. That error,
-        # times the mean of the keys, is in A (and times vbar in Cov(k, v)), and A is symmetric but for it.
+        # The weighted keys of the products do not quite have the sum that was taken off. That error times the mean of
+        # the keys is in A (and times vbar in Cov(k, v)). Except for it A is symmetric, so A shows it.
         mean = kbar + origin
         error = tl.sum(A * mean[None, :], 1) - tl.sum(A * mean[:, None], 0)
         error /= tl.maximum(tl.sum(mean * mean, 0), 1e-30)
@@ -356,12 +356,12 @@ def times_values(partials, top, total, kbar, vbar, x, c: tl.constexpr):
 def solve(A, lam, m, c: tl.constexpr):
     """(A + lam I)^-1 m by conjugate gradients, on the matrix scaled to a unit diagonal.
 
-    Large keys, or a ridge that is small beside their covariance, leave a matrix that rounding may have made indefinite:
-    D times the rounding of its entries, on the diagonal, makes it definite again. What this changes in directions that
-    rounding has not swallowed, two rounds of iterative refinement restore.
+    If the keys are large, or the ridge is small beside their covariance, rounding may make the matrix indefinite. D
+    times the rounding of its entries, added to the diagonal, makes it definite again. Two rounds of iterative
+    refinement restore the directions that rounding has not lost.
 
-    A round stops when its error is small in the norm of the matrix, beside the solution: |r|^2 over the least
-    eigenvalue bounds the one's square, the sum of alpha |r|^2 is the other's.
+    A round stops when its error is small beside the solution, in the norm of the matrix. |r|^2 over the least
+    eigenvalue bounds the square of the error. The sum of alpha |r|^2 is the square of the solution.
     """
     d = tl.arange(0, c.DP)
     eye = d[:, None] == d[None, :]

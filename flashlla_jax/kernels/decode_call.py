@@ -19,9 +19,9 @@ from flashlla_jax.kernels.plan import padded
 from flashlla_jax.visibility import Visibility
 
 _LOG2_E = math.log2(math.e)
-# Blocks that a split has at least: below that its moments, of D times D + Dv numbers, cost more than reading its keys.
+# The fewest blocks of a split: with fewer, its moments, D times (D + Dv) numbers, cost more than reading its keys.
 _BLOCKS_PER_SPLIT = 4
-# One program reads all of a row.
+# The most splits of a row: one program reads them all.
 _MOST_SPLITS = 128
 
 
@@ -39,9 +39,9 @@ class DecodeLaunch(NamedTuple):
 
 
 class DecodePlan(NamedTuple):
-    """How a step is computed, by ``moments_kernel`` and ``solve_kernel`` or, of Parallax, the two in their place."""
+    """How ``moments_kernel`` and ``solve_kernel`` compute a step, or Parallax's two kernels in their place."""
 
-    upcast: bool  # the cache to float32 after loading; else it is bfloat16, or float8 and widened to that
+    upcast: bool  # the cache becomes float32 after loading; else it is bfloat16, or float8 that becomes bfloat16
     precision: str  # of a float32 product
     tolerance: float  # of the solve, see kernels/decode.py
     moments: DecodeLaunch
@@ -58,11 +58,11 @@ class DecodeConstants:
         DP, DVP: the same padded to powers of two, 16 at least.
         BN, BD: keys of a block, and features of a program (of Parallax: all).
         STAGES: depth of the software pipeline.
-        SPLITS, SPLITS_PADDED: parts that the cache is cut into, and that padded to a power of two.
+        SPLITS, SPLITS_PADDED: the number of parts of the cache, and the same padded to a power of two.
         SCALE: factor of the logits, in units of log 2.
         UPCAST, PRECISION: the products are of float32, at this precision.
         WIDEN: the cache is float8.
-        MASK: a boolean mask is looked at.
+        MASK: there is a boolean mask.
         MASK_B, MASK_N, MASK_T, MASK_S: 1 for the axes that the mask has; the others are of size 1.
         ROUNDING: added to the scaled matrix's diagonal.
         TOLERANCE, MAX_STEPS: how the solve stops.
@@ -94,8 +94,8 @@ class DecodeConstants:
 
 
 # The first kernel, by the least compute capability, bytes of a product's operand, and padded head dimension, the larger
-# of the key's and the value's. bfloat16 up to 128 on Hopper: the best of two dozen on an H100, where 128 keys take 12 %
-# less than 64 at D = 128. Others: chosen by register spills.
+# of the key's and the value's. bfloat16 up to 128 on Hopper: the best of two dozen on an H100. There 128 keys take 12 %
+# less time than 64 at D = 128. The others were chosen by register spills.
 _MOMENTS = {
     90: {
         2: {
@@ -109,9 +109,9 @@ _MOMENTS = {
         4: {64: DecodeLaunch(16, 64, 8, 2), 128: DecodeLaunch(16, 64, 8, 1), 256: DecodeLaunch(16, 32, 8, 1)},
     },
 }
-# Triton from 3.7 on keeps the halves of the weighted keys in shared memory too, which 128 keys leave no room for.
+# Triton from 3.7 on keeps the halves of the weighted keys in shared memory too. Then 128 keys do not fit.
 _MOMENTS_128_LATER = DecodeLaunch(64, 128, 8, 3, 132)
-# The second one holds the matrix of a row in registers.
+# Warps of the second kernel, by padded head dimension. It holds the matrix of a row in registers.
 _SOLVE = {64: 4, 128: 8, 256: 16}
 
 
@@ -138,7 +138,7 @@ def _moments(operand_bytes: int, widest: int, capability: int) -> DecodeLaunch:
 
 
 def _triton_version() -> tuple[int, ...]:
-    """(0,) where there is no Triton: then no kernel is launched, and a plan is only looked at."""
+    """(0,) without Triton: then no kernel is launched, and a plan is only read."""
     try:
         return tuple(map(int, metadata.version("triton").split(".")[:2]))
     except metadata.PackageNotFoundError:
@@ -213,8 +213,7 @@ def visible(
 ) -> tuple[Array, Array, Array]:
     """The intervals, the first keys seen, and the mask, as the kernels take them.
 
-    One small array, and not three, where it says all: an array that has to be made costs a step more than what it
-    holds.
+    If the intervals say all, they also stand for the other two: making an array costs a step more time than its bytes.
     """
     rows = (first.shape[0], tokens)
     intervals = jnp.stack([jnp.broadcast_to(x, rows) for x in (seen.start, seen.end)], axis=-1)
@@ -223,10 +222,10 @@ def visible(
 
 
 def _splits(programs: int, at_once: int, most: int) -> int:
-    """Into how many parts the cache is cut, ``programs`` for each of them.
+    """Into how many parts the cache is cut; each part takes ``programs`` programs.
 
-    Programs run in rounds, and a last round that is not full takes as long as any other. The fewest parts that come
-    within 5 % of the shortest time, since every part has its moments to write and to merge.
+    Programs run in rounds, and a last round that is not full takes as long as any other. These are the fewest parts
+    that come within 5 % of the shortest time, since the moments of every part have to be written and merged.
     """
     times = [-(-programs * parts // at_once) / parts for parts in range(1, most + 1)]
     return 1 + next(i for i, time in enumerate(times) if time <= 1.05 * min(times))

@@ -1,8 +1,8 @@
-"""The moments of a query's keys by split of the cache, of float32 products: ``decode.moments_kernel`` in float32.
+"""The moments of a query's keys by split of the cache: ``decode.moments_kernel`` with float32 products.
 
-Every block has its moments relative to its own means, and the split's are merged from them by Chan, Golub and LeVeque's
-update (1979). One key may hold nearly all the weight. Relative to any other point, its square would then be most of a
-moment, and float32 would lose the rest.
+Every block has its moments relative to its own means. The update of Chan, Golub and LeVeque (1979) merges them into
+those of the split. One key may hold nearly all the weight. Relative to any other point, its square would then be most
+of a moment, and float32 would lose the rest.
 """
 
 import triton
@@ -24,7 +24,7 @@ from flashlla_jax.kernels.decode import (
 def float32_moments_kernel(
     q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omegas, means, moments, c: tl.constexpr
 ):
-    """One row, one split, BD features; in the order of ``moments_kernel``, and with its results."""
+    """One row, one split, BD features. Order of programs and results are those of ``moments_kernel``."""
     CHUNKS: tl.constexpr = c.DP // c.BD
     chunk = tl.program_id(0) % CHUNKS
     number = tl.program_id(0) // CHUNKS // c.SPLITS
