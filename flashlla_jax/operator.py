@@ -1,14 +1,14 @@
-"""The operator, two primitives, the forward and the backward pass, paired by ``jax.custom_vjp``.
+"""The operator: two primitives, a forward and a backward pass, which ``jax.custom_vjp`` pairs.
 
-It is Local Linear Attention or Parallax, as the type of the options says.
+The type of the options says whether it is Local Linear Attention or Parallax.
 
 A program that is traced once may be lowered for any platform. Each primitive is lowered to the Triton kernels for CUDA
 and to blockwise XLA for every other platform, unless the call names an implementation. The kernels' side is traced when
-the primitive is bound, and its jaxpr is a parameter of the primitive. From it JAX knows the results, and the rule by
-which XLA may divide the call among devices.
+the primitive is bound, and its jaxpr is a parameter of the primitive. It tells JAX the types of the results, and the
+rule by which XLA may divide the call among devices.
 
 If a call may be lowered for either platform, it keeps for the backward pass the arrays that the kernels keep. The XLA
-path leaves them empty and runs the forward pass again: it is the exception in a program that was traced beside a GPU.
+path fills them with zeros and runs the forward pass again. A program that was traced beside a GPU seldom takes it.
 
 Under ``jax.vmap`` a new axis is folded into the batch. If the length is divided among devices, the function behind the
 primitive gathers the keys and scatters their gradients (context_parallel.py).
@@ -55,12 +55,12 @@ class _Call:
 
     @property
     def kernels(self) -> Any:
-        """The module that computes the called method by Triton."""
+        """The module that computes the method by Triton."""
         return parallax_passes if isinstance(self.options, ParallaxOptions) else passes
 
     @property
     def blockwise(self) -> Any:
-        """The same by XLA."""
+        """The module that computes the method by XLA."""
         return blockwise_parallax if isinstance(self.options, ParallaxOptions) else blockwise
 
 
@@ -76,7 +76,7 @@ def attend(
     plan: Any = None,
     axes: Axes | None = None,
 ) -> tuple[Array, Residuals | ParallaxResiduals]:
-    """Local Linear Attention or Parallax of the canonical call (interface.py), with its exact gradient, once.
+    """Local Linear Attention or Parallax of the canonical call (interface.py). Its exact gradient can be taken once.
 
     Args:
         query: ``(B, T, N, D)``.
@@ -87,8 +87,8 @@ def attend(
         options: the static options, whose type says which method it is.
         only: an implementation for every platform; None for Triton on CUDA and XLA elsewhere.
         plan: the launch of the kernels, from ``kernels.plan.plan_for``; None for the plan that fits this machine.
-        axes: inside of ``jax.shard_map``, the mesh axes over which T and S are divided; the visibility is that of this
-            device's queries, of all keys.
+        axes: inside of ``jax.shard_map``, the mesh axes over which T and S are divided. ``visibility`` then says
+            which of all keys this device's queries see.
     """
     if only == "xla":
         plan = None
@@ -121,7 +121,7 @@ def _attend_bwd(call: _Call, kept: Any, cotangents: Any) -> tuple[Any, ...]:
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-# The function behind a primitive, of its arrays. There is one for each static call, so JAX traces it once for each
+# The function behind a primitive takes its arrays. There is one for each static call, so JAX traces it once for each
 # shape.
 
 
@@ -173,7 +173,7 @@ def _blockwise_backward(*given: Any, call: _Call) -> Any:
 
 
 def _shown(query: Array, key: Array, value: Array, own: Array, seen: Visibility, *rest: Any) -> tuple[Any, ...]:
-    """The arguments of a pass, without the hidden values that could do harm: NaN would outlive a weight of 0."""
+    """The arguments of a pass, without hidden values that could do harm: NaN times a weight of 0 is NaN."""
     if seen.complete:
         return query, key, value, own, seen, *rest
     sees = seeing_queries(seen, key.shape[1])
@@ -186,7 +186,7 @@ def _shown(query: Array, key: Array, value: Array, own: Array, seen: Visibility,
 
 
 def _bind(primitive: Primitive, call: _Call, given: tuple[Any, ...], differentiated: bool = False) -> Any:
-    """``differentiated``: a forward pass that the backward pass follows."""
+    """``differentiated``: whether the backward pass follows this forward pass."""
     flat, tree = jax.tree.flatten(given)
     side = _blockwise if call.only == "xla" else _kernels
     traced = side(primitive, call).trace(*given)
@@ -198,8 +198,8 @@ def _bind(primitive: Primitive, call: _Call, given: tuple[Any, ...], differentia
     return jax.tree.unflatten(jax.tree.structure(traced.out_info), out)
 
 
-# The rules, the same for both primitives. Parameters: the call, the structure of the arguments, the jaxpr of the named
-# implementation, or else of the kernels, and that of the backward pass if it follows.
+# The rules are the same for both primitives. Their parameters: the call, the structure of the arguments, the jaxpr of
+# the named implementation (of the kernels if none is named), and that of the backward pass if it follows.
 
 
 def _on_cuda(ctx: Any, *flat: Any, jaxpr: ClosedJaxpr, follows: ClosedJaxpr | None, **_: Any) -> Any:
@@ -225,7 +225,7 @@ def _batched(
     jaxpr: ClosedJaxpr,
     follows: ClosedJaxpr | None,
 ) -> tuple[Any, Any]:
-    del jaxpr  # of other shapes
+    del jaxpr  # its shapes differ
     size = next(x.shape[axis] for x, axis in zip(flat, axes, strict=True) if axis is not None)
     flat = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(flat, axes, strict=True)]
     mapped = [axis is not None for axis in axes]
@@ -234,7 +234,7 @@ def _batched(
     fold = partial(folded, size, batch)
 
     def fold_all(arrays: Any, is_mapped: Any) -> Any:
-        """For a visibility: arrays that serve the whole batch still do, if none beside them is mapped."""
+        """For a visibility: arrays that serve the whole batch still do, unless one of them is mapped."""
         of_one = all(x.shape[0] == 1 for x in jax.tree.leaves(arrays)) and not any(jax.tree.leaves(is_mapped))
         return arrays if of_one else jax.tree.map(fold, arrays, is_mapped)
 
@@ -251,7 +251,7 @@ def _batched(
 
 
 def folded(size: int, batch: int, x: Array, is_mapped: bool) -> Array:
-    """The new axis, of ``size``, folded into the batch behind it; a batch of 1 stands for all."""
+    """Folds the new first axis, of ``size``, into the batch behind it. A batch of 1 stands for all."""
     x = x if is_mapped else x[None]
     x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
     return x.reshape(size * batch, *x.shape[2:])
@@ -271,7 +271,7 @@ def _refuse_derivative(*_: Any, **__: Any) -> Any:
 def _derivative(
     primitive: Primitive, primals: Any, tangents: Any, *, call: _Call, tree: Any, jaxpr: ClosedJaxpr, follows: None
 ) -> tuple[Any, Any]:
-    """In forward mode, of the XLA side: a gradient's own derivative (Hessian-vector products)."""
+    """The derivative in forward mode, for XLA only: of a gradient it gives Hessian-vector products."""
     if call.only != "xla":
         _refuse_derivative()
     out = primitive.bind(*primals, call=call, tree=tree, jaxpr=jaxpr, follows=follows)
@@ -288,7 +288,7 @@ def _is_float(x: Any) -> bool:
 def _push(
     *flat: Array, of: Primitive, call: _Call, tree: Any, jaxpr: ClosedJaxpr, moving: tuple[int, ...]
 ) -> list[Array]:
-    """The tangents of the floating results, for primals and the tangents of those that move.
+    """The tangents of the floating results. ``flat`` has the primals, then the tangents of those that move.
 
     It does not differentiate the jaxpr itself: a call that XLA is told to divide cannot be differentiated.
     """
@@ -308,7 +308,7 @@ def _push(
 
 
 def _tangent_primitive() -> Primitive:
-    """``_push`` as a primitive, whose error says that it cannot be transposed: XLA's loops do not run backwards."""
+    """``_push`` as a primitive. Its error says that it cannot be transposed: XLA's loops do not run backwards."""
     made = _named("lla_tangent")
     made.def_abstract_eval(lambda *_, jaxpr, **__: [x for x in jaxpr.out_avals if _is_float(x)])
     mlir.register_lowering(made, _lowering(_push))

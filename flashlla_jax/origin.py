@@ -1,11 +1,12 @@
 """The points that keys are taken relative to.
 
-Relative keys change the logits by a constant per query and the regression not at all, and what a large common offset of
-the keys would lose to rounding is kept. Any point near the keys that a query sees will do, if all its keys share it.
+Relative keys change the logits by a constant per query, and the regression not at all. Rounding would lose digits to a
+large common offset of the keys. Relative keys keep them. Any point near the keys that a query sees will do, if all its
+keys share it.
 
-The origin of a block of queries is the mean of a few keys that every query of the block sees, so that no query's result
-depends, in its last bits, on a key that is hidden from it. If the queries have no such key in common, it is the mean of
-a few that some query sees.
+The origin of a block of queries is the mean of a few keys that every query of the block sees. So not even the last bits
+of a query's result depend on a key that is hidden from it. If the queries have no such key in common, the origin is the
+mean of a few keys that some query sees.
 
 Documents that are packed into one row, by ids or by a mask, may lie far from each other, and a block sees several. So
 the keys of a document are first taken relative to one of them, its anchor.
@@ -23,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flashlla_jax.interface import accumulation_dtype
 from flashlla_jax.visibility import Visibility, dense
 
-# Keys that the mean is taken of: enough to be near the middle, few enough to cost nothing beside the block's own work.
+# The mean is of so many keys: enough to be near the middle, few enough to cost nothing beside the block's own work.
 _FEW = 32
 
 
@@ -38,7 +39,7 @@ def anchored(key: Float[Array, "B S K D"], seen: Visibility) -> Anchored | None:
     """The keys in the accumulation dtype; None if the visibility has neither segment ids nor a mask.
 
     The anchor is the first key of the document that some query sees. Without a window every query of the document sees
-    it. With one, a key that is not finite does no harm to the queries that do not see it: it is no anchor.
+    it. With one, some do not. So a key that is not finite is no anchor, and does them no harm.
     """
     documents = _documents(seen, key.shape[1])
     if documents is None:
@@ -62,7 +63,7 @@ def anchored(key: Float[Array, "B S K D"], seen: Visibility) -> Anchored | None:
 def _documents(seen: Visibility, keys: int) -> tuple[Int[Array, "#B T"], Int[Array, "#B S"]] | None:
     """Which document a query and a key belong to: numbers below ``keys``; ``keys`` for none."""
     if seen.mask is not None:
-        # A mask shows documents if all queries that see a key begin at one and the same key.
+        # A mask shows documents if, for every key, the queries that see it all begin at the same key.
         visible = jnp.any(dense(seen, keys), axis=1)
         start = seen.start[..., None]
         low = jnp.min(jnp.where(visible, start, keys), axis=1)
@@ -105,7 +106,7 @@ def origins(key: Float[Array, "B S K D"], seen: Visibility, rows: int) -> Float[
 
 
 def _of_mask(key: Array, seen: Visibility, rows: int) -> Array:
-    """As above, in memory proportional to the mask's: keys may be chosen anywhere in the interval."""
+    """``origins`` with a mask, in memory proportional to the mask's. Any keys of the interval may be chosen."""
     batch, keys, heads, _ = key.shape
     visible = dense(seen, keys)  # (#B, #N, T, S)
     if visible.shape[1] > 1:
@@ -123,7 +124,7 @@ def _of_mask(key: Array, seen: Visibility, rows: int) -> Array:
     some = jnp.any(blocks(visible, False), axis=(2, 4))  # (#B, #K, I, S)
     shared = jnp.all(blocks(visible | blind, True), axis=(2, 4)) & jnp.any(some, axis=-1, keepdims=True)
     chosen = jnp.where(jnp.any(shared, axis=-1, keepdims=True), shared, some)
-    # the first few of them, by a rank that is larger the earlier a key is
+    # the first few of them: an earlier key has a larger rank
     rank = jnp.where(chosen, keys - jnp.arange(keys, dtype=jnp.int32)[None, None, None], 0)
     rank, columns = lax.top_k(rank, min(_FEW, keys))
     columns, chosen = (jnp.broadcast_to(x, (batch, heads, *x.shape[2:])) for x in (columns, rank > 0))
@@ -133,7 +134,7 @@ def _of_mask(key: Array, seen: Visibility, rows: int) -> Array:
 
 
 def _blocks(x: Array, rows: int) -> Array:
-    """(B, T) -> (B, I, rows), padded with the last query: so the keys that all or some see are the same."""
+    """(B, T) -> (B, I, rows), padded with the last query. All, or some, still see the same keys."""
     count = -(-x.shape[1] // rows)
     x = jnp.pad(x, [(0, 0), (0, count * rows - x.shape[1])], mode="edge")
     return x.reshape(x.shape[0], count, rows)

@@ -32,16 +32,16 @@ from flashlla_jax.kernels.tiles import (
 )
 from flashlla_jax.kernels.visible import key_tile, load_intervals, visible_to_queries
 
-# The lse of a query that sees no key: its weights are then 0 wherever they are computed. And the largest logit before
-# any: finite, so that a first tile that is all hidden leaves no inf - inf.
+# NO_KEYS is the lse of a query that sees no key: every weight computed from it is 0. NO_LOGIT is the largest logit
+# before any key. It is finite: if the first tile is all hidden, there is no inf - inf.
 NO_KEYS: tl.constexpr = tl.constexpr(1e38)
 NO_LOGIT: tl.constexpr = tl.constexpr(-3e38)
 
 
 class Solution(NamedTuple):
-    """x negated, as the products take it: hi + lo, and what both leave; a_ij = a0 + x.k_j.
+    """-x as the products take it: hi + lo, and the rest beyond both. a_ij = a0 + (hi + lo + rest).k_j.
 
-    EXACT: ``near`` is -x.kbar, and a_ij = 1 + (a0 + (near + x.k_j)).
+    EXACT: ``near`` is -x.kbar, and a_ij = 1 + (a0 + (near + (hi + lo + rest).k_j)).
     """
 
     hi: tl.tensor
@@ -53,7 +53,7 @@ class Solution(NamedTuple):
 
 @triton.jit
 def matters(part, scale2, THRESHOLD: tl.constexpr):
-    """Whether some row's kc.part, of standard deviation |part| sqrt(scale2), is above THRESHOLD. NaN counts."""
+    """Whether kc.part has a standard deviation, |part| sqrt(scale2), above THRESHOLD in some row. NaN counts."""
     part = part.to(tl.float32)
     worst = tl.max(tl.sum(part * part, 1), 0) * scale2
     return (worst <= THRESHOLD * THRESHOLD) == 0
@@ -78,7 +78,7 @@ def statistics(rows, keys, SPLIT: tl.constexpr, c: tl.constexpr):
             omega = omega * shrink + tl.sum(w, 1)
             acc, sums = rounded_product(w, K, acc * shrink[:, None], sums * shrink[:, None], SPLIT, c.PRECISION)
             top = new_top
-    # by the sum of the weights as they were rounded: see rounded_product
+    # divided by the sum of the rounded weights: see rounded_product
     return top, omega, acc / one_column(sums)[:, None]
 
 
@@ -100,9 +100,9 @@ def mean_of_keys(rows, keys, c: tl.constexpr):
 
 @triton.jit
 def x_dot_k(solution, K, LOW: tl.constexpr, REST: tl.constexpr, c: tl.constexpr):
-    """(hi + lo + rest).k_j; the smallest first: what is added to a large sum is cut to what that keeps.
+    """(hi + lo + rest).k_j. The smallest comes first: a large sum cuts off the last digits of a small term.
 
-    EXACT: with ``near``, where the sum begins: then it has the same bits whatever the compiler makes of it.
+    EXACT: the sum begins with ``near``. Then its bits do not depend on the compiler.
     """
     a = tl.zeros((c.BM, c.BN), tl.float32)
     if c.EXACT:
@@ -118,9 +118,9 @@ def x_dot_k(solution, K, LOW: tl.constexpr, REST: tl.constexpr, c: tl.constexpr)
 def mean_with(a0, rows, keys, solution, c: tl.constexpr):
     """The mean of a0 + x.k_j under p.
 
-    That of a_ij is 1 by definition. Where A is nearly singular, or x.k is huge, x.k and a0 are large numbers of which
-    little is left. What rounding did to them, and to kbar before, is mostly the same for all keys that count, as a0 is:
-    all of it where one key holds all the weight.
+    The mean of a_ij is 1 by definition. If A is nearly singular, or x.k is huge, a0 and x.k nearly cancel. Their
+    rounding errors, and that of kbar, are mostly the same for all keys that count, as a0 is. They are wholly the same if
+    one key holds all the weight. So a change of a0 can make up for them.
     """
     total = tl.zeros((c.BM,), tl.float32)
     whole = tl.zeros((c.BM,), tl.float32)
@@ -134,7 +134,7 @@ def mean_with(a0, rows, keys, solution, c: tl.constexpr):
             total += tl.sum(w * (a + a0[:, None]), 1)
             if c.EXACT:
                 whole += tl.sum(w, 1)
-    if c.EXACT:  # near may be off by 100: then it counts that the weights sum to 1 to 1e-7 only
+    if c.EXACT:  # near may be off by 100: then it matters that the weights sum to 1 only to 1e-7
         total /= tl.where(whole == 0.0, 1.0, whole)
     return total
 
@@ -190,8 +190,8 @@ def forward_kernel(
 ):
     """SPLIT_BELOW: the weights of kbar and of the solve's products are hi + lo in hard rows, see ``is_hard``.
 
-    LOW_ABOVE: the low half of x is used where it moves some kc.x by more than this. CAREFUL_ABOVE (inf: never): what
-    the halves leave of x is used, and the a_ij are made to sum to 1, where that does.
+    LOW_ABOVE: the low half of x is used if it moves some kc.x by more than this. CAREFUL_ABOVE (inf: never): if the
+    rest of x beyond the halves does so, it is used, and the a_ij are made to sum to 1.
     """
     at = query_program(order, T, c)
     if c.CUT:
@@ -209,7 +209,7 @@ def forward_kernel(
 
     top, omega, kbar = statistics(rows, keys, c.SPLIT_BELOW == float("inf"), c)
     blind = intervals.end <= intervals.start
-    if c.CUT:  # rows of the other part only take steps
+    if c.CUT:  # rows of the other part would only take steps
         blind = blind | (m0 + tl.arange(0, c.BM) >= stop)
     if c.MASK:  # the interval is that of all heads
         blind = blind | (omega == 0.0)

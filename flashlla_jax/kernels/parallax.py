@@ -1,16 +1,16 @@
 """The kernels of Parallax: a forward kernel, and two backward ones, per tile of queries and per tile of keys.
 
-What they compute is written in blockwise_parallax.py, with the same symbols. The forward kernel passes once over the
-keys. It keeps the running mean t of k.r beside the running maximum of the logits, and two sums of the values: by p,
-whose end is vbar, and by p a, whose end is o. When a tile moves t by delta, every a so far grows by delta, and the
+blockwise_parallax.py has the formulas, with the same symbols. The forward kernel passes once over the keys. It keeps
+the running maximum of the logits, the running mean t of k.r, and two sums of the values: one by p, which gives vbar,
+and one by p a, which gives o. When a tile moves t by delta, every a so far grows by delta, and the
 second sum by delta times the first. So a key that has most of the weight is always near t, and nothing large cancels.
 
-What backward needs beside the normaliser and t is then in vbar and in the excess o - vbar: gbar is g.vbar, and c is
+Beside the normaliser and t, the backward kernels need only vbar and the excess o - vbar: gbar is g.vbar, and c is
 -g.excess.
 
-Of rounded weights the sums are gathered as they were rounded (tiles.py, rounded_product). By them vbar is divided, and
-of p a they say what the excess has too much of vbar. So rounding costs a part of the values' spread, and nothing where
-one key has all the weight. k.r needs no halves: the probe is given, not solved for.
+The sums of the weights are those of the rounded weights (tiles.py, rounded_product). vbar is divided by the sum of p.
+The sum of p a says how much of vbar the excess has too much. So the rounding error is a part of the values' spread. It
+is 0 if one key has all the weight. k.r needs no halves: the probe is given, not solved for.
 """
 
 from typing import NamedTuple
@@ -71,7 +71,7 @@ class Softmax(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Pointers to the queries of a head that may see a tile of keys, and to the query kernel's numbers of them."""
+    """Pointers to a head's queries that may see a tile of keys, and to the query kernel's results for them."""
 
     q: tl.tensor
     r: tl.tensor
@@ -98,13 +98,13 @@ def a_of(t, kr, c: tl.constexpr):
 
 @triton.jit
 def safe(total):
-    """To divide by: 1 for a query that has seen no key."""
+    """The sum as a divisor: 1 for a query that has seen no key."""
     return tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit
 def attend(rows, R, keys, c: tl.constexpr):
-    """The online pass: ``Softmax``."""
+    """The one pass over the keys. It returns ``Softmax``."""
     top = tl.full((c.BM,), NO_LOGIT, tl.float32)
     omega = tl.zeros((c.BM,), tl.float32)
     t = tl.zeros((c.BM,), tl.float32)
@@ -126,7 +126,7 @@ def attend(rows, R, keys, c: tl.constexpr):
             before = omega * shrink
             omega = before + tl.sum(w, 1)
             delta = tl.sum(w * (kr - t[:, None]), 1) / safe(omega)
-            if c.EXACT:  # once more, of what is left: see _mean in blockwise_parallax.py
+            if c.EXACT:  # once more, for the rest: see _mean in blockwise_parallax.py
                 delta += (tl.sum(w * (kr - (t + delta)[:, None]), 1) - before * delta) / safe(omega)
             t += delta
             acc_p *= shrink[:, None]
@@ -183,7 +183,7 @@ def forward_kernel(
     zeros = tl.zeros((c.BM,), tl.float32)
     found = attend(Rows(Q, zeros, zeros, Q, zeros, intervals), R, keys, c)
 
-    # by the interval too, as in forward.py: with omega alone blind rows had an output on an H100; why was not found
+    # the interval decides too, as in forward.py: by omega alone blind rows had an output on an H100, why is not known
     blind = (intervals.end <= intervals.start) | (found.omega == 0.0)
     omega = tl.where(blind, 0.0, found.omega)
     vbar = tl.where(blind[:, None], 0.0, found.vbar)
@@ -213,7 +213,7 @@ def key_centre(intervals, keys, c: tl.constexpr):
     """A key among those that the tile sees, (DP,): the mean of the first whole tile, or one key."""
     n0 = key_tile(keys, 0, False, c)
     row = 0
-    if not c.FROM_FIRST:  # the last one's first: all see it if they have a key in common
+    if not c.FROM_FIRST:  # the last of the rows' first keys: all see it if they have a key in common
         row = tl.max(tl.where(intervals.start < intervals.end, intervals.start, 0), 0)
     whole = keys.tiles.wholes > 0
     first = tl.where(whole, n0, row)
@@ -244,7 +244,7 @@ def query_gradients(rows, R, G, t, gbar, cc, keys, c: tl.constexpr):
             acc_r, sum_r = rounded_product(pb, K, acc_r, sum_r, False, c.PRECISION)
             ds = pb * a_of(t[:, None], kr, c) + w * cc[:, None]
             acc_q, sum_q = rounded_product(ds, K, acc_q, sum_q, False, c.PRECISION)
-    # both sums are 0 but for rounding, which an offset of the keys would multiply
+    # both sums are 0 except for rounding, which an offset of the keys would multiply
     centre = key_centre(rows.intervals, keys, c)
     return (
         acc_q - one_column(sum_q)[:, None] * centre[None, :],
@@ -303,7 +303,7 @@ def query_kernel(
     if c.EXACT:
         lse_rest = load_rows(lse_rest_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
 
-    valid = m0 + tl.arange(0, c.BM) < stop  # the key kernel reads the other rows of the tile too: of weight zero
+    valid = m0 + tl.arange(0, c.BM) < stop  # the key kernel reads the other rows of the tile too: their weight is 0
     first_row = (batch.to(tl.int64) * c.HEADS + head) * tl.cdiv(T, c.BM) * c.BM
     nothing = tl.where(valid, 0.0, float("inf"))
     if c.EXACT:
@@ -323,7 +323,7 @@ def query_kernel(
 def key_gradients(dk, dv, at, queries, c: tl.constexpr):
     """dk and dv with the share of the queries of one head added; tiles are keys by queries, the edges come first.
 
-    See ``key_gradients`` in backward_key.py, of which this is a part.
+    This is a part of ``key_gradients`` in backward_key.py: see there.
     """
     T = queries.visible.T
     for whole in tl.static_range(2):

@@ -43,12 +43,12 @@ def attention_fn(
     refuses a bias, dropout on the weights and sowing the weights: Local Linear Attention does not have them. Two
     functions with the same settings are equal. An array equals only itself.
 
-    Flax's modules cannot pass segments and lengths on, so these are bound to the function, for calls of their shapes.
-    Arrays that differ from call to call need a function made in the traced call, with a Linen module around it; the
-    module's ``mask`` and :class:`flashlla_jax.LLAttention` have them as arguments of the call.
+    Flax's modules cannot pass segments and lengths on. So these belong to the function, for calls of their shapes. If
+    the arrays differ from call to call, make the function, and a Linen module around it, in the traced call. Or use the
+    module's ``mask``, or :class:`flashlla_jax.LLAttention`: they are arguments of the call.
 
     Args:
-        arrays: None. A module passes them if the parentheses were forgotten.
+        arrays: Pass none. A module passes them if you forget the parentheses.
         ridge_lambda: The ridge, > 0, as in :func:`flashlla_jax.lla_attention`.
         is_causal: Whether attention is causal even if the module does not ask for it. Flax's modules are not causal by
             default, so this is not. A causal model that says so here needs no (T, S) mask.
@@ -57,20 +57,20 @@ def attention_fn(
         segment_ids: ``[batch..., length]`` integers for queries and keys, or a pair ``([batch..., T], [batch..., S])``,
             as in :func:`flashlla_jax.lla_attention` but with the batch axes of the module's inputs.
         query_seq_lengths: ``[batch...]`` integers. Not with ``decode=True`` either.
-        key_value_seq_lengths: ``[batch...]`` integers; with ``decode=True`` of the positions in the cache.
+        key_value_seq_lengths: ``[batch...]`` integers. With ``decode=True`` they count positions in the cache.
         qk_scale: As in :func:`flashlla_jax.lla_attention`.
         cg_atol: As in :func:`flashlla_jax.lla_attention`.
         cg_rtol: As in :func:`flashlla_jax.lla_attention`.
         cg_max_iters: As in :func:`flashlla_jax.lla_attention`.
         cg_use_preconditioner: As in :func:`flashlla_jax.lla_attention`.
         implementation: As in :func:`flashlla_jax.lla_attention`.
-        others: None.
+        others: Pass none.
 
     Returns:
         The function. It raises NotImplementedError if it refuses an argument.
 
     Raises:
-        TypeError: An argument is not one of these, or of the wrong type.
+        TypeError: An argument is not one of these, or has the wrong type.
         ValueError: A number is out of range, or ``implementation`` is not one.
     """
     if arrays:
@@ -145,8 +145,8 @@ class AttentionFn:
     def __hash__(self) -> int:
         return hash(self._key())
 
-    # Linen passes only the keywords that it finds in the signature, NNX all of its own: this names both modules' whole
-    # lists, so that nothing is dropped unseen.
+    # Linen passes only the keywords that it finds in the signature, NNX passes all of its own. So the signature has all
+    # keywords of both modules: none is dropped unseen.
     def __call__(
         self,
         query: Float[Array, "*batch T N D"],
@@ -161,18 +161,18 @@ class AttentionFn:
         dtype: Any = None,
         precision: Any = None,
         module: Any = None,
-        force_fp32_for_softmax: bool = False,  # it always is
+        force_fp32_for_softmax: bool = False,  # always in float32
         qk_attn_weights_einsum: Any = None,
         attn_weights_value_einsum: Any = None,
         promote_dtype: Callable[..., Any] = promote,
         is_causal: bool = False,
         input_positions: Any = None,
     ) -> Float[Array, "*batch T N Dv"]:
-        """Attention as ``nnx.dot_product_attention`` and Linen's have it.
+        """Attention, with the arguments of ``nnx.dot_product_attention`` and of Linen's.
 
         Raises:
-            NotImplementedError: An argument has no counterpart in Local Linear Attention, or a window or query
-                lengths for one query and several keys, which is how Flax's modules decode.
+            NotImplementedError: An argument has no counterpart in Local Linear Attention. Or Flax's modules decode
+                (one query and several keys) with a window or query lengths.
         """
         if bias is not None:
             raise NotImplementedError("Local Linear Attention takes no bias; use mask to hide keys")
@@ -193,7 +193,7 @@ class AttentionFn:
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
         hiding = (self.segment_ids, self.query_seq_lengths, self.key_value_seq_lengths, self.local_window_size)
         if query.shape[-3] == 1 and all(x is None for x in hiding):
-            # a decode step, where it sees the cache: its token is the last, causal or not
+            # as a decode step: the token is the last of the keys, causal or not
             exact = {name: getattr(self, name) for name in ("ridge_lambda", "qk_scale", "implementation")}
             return decoding.attend_one(query, key, value, mask=mask, precision=precision, **exact)
         options: dict[str, Any] = vars(self) | {"is_causal": self.is_causal or is_causal}
