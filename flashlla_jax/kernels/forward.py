@@ -119,8 +119,8 @@ def mean_with(a0, rows, keys, solution, c: tl.constexpr):
     """The mean of a0 + x.k_j under p.
 
     The mean of a_ij is 1 by definition. If A is nearly singular, or x.k is huge, a0 and x.k nearly cancel. Their
-    rounding errors, and that of kbar, are mostly the same for all keys that count, as a0 is. They are wholly the same if
-    one key holds all the weight. So a change of a0 can make up for them.
+    rounding errors, and that of kbar, are mostly the same for all keys that count, as a0 is. They are wholly the same
+    if one key holds all the weight. So a change of a0 can make up for them.
     """
     total = tl.zeros((c.BM,), tl.float32)
     whole = tl.zeros((c.BM,), tl.float32)

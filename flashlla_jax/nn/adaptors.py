@@ -55,7 +55,7 @@ def attention_fn(
         local_window_size: As in :func:`flashlla_jax.lla_attention`. Not with the modules' ``decode=True``, which does
             not tell the function where the token is.
         segment_ids: ``[batch..., length]`` integers for queries and keys, or a pair ``([batch..., T], [batch..., S])``,
-            as in :func:`flashlla_jax.lla_attention` but with the batch axes of the module's inputs.
+            as in :func:`flashlla_jax.lla_attention`, with the batch axes of the module's inputs.
         query_seq_lengths: ``[batch...]`` integers. Not with ``decode=True`` either.
         key_value_seq_lengths: ``[batch...]`` integers. With ``decode=True`` they count positions in the cache.
         qk_scale: As in :func:`flashlla_jax.lla_attention`.
