@@ -166,13 +166,17 @@ def test_every_device_launches_its_own(implementation: Any, explicit: bool) -> N
 
 @pytest.mark.parametrize(
     ("length", "heads", "permutes"),
-    [(100, (2, 1), 4), pytest.param(65536, (4, 2), 6, marks=pytest.mark.slow)],
-    ids=["all heads at once", "heads in groups"],
+    [
+        (100, (2, 1), 4),
+        pytest.param(65536, (4, 2), 5, marks=pytest.mark.slow),
+        pytest.param(131072, (4, 2), 6, marks=pytest.mark.slow),
+    ],
+    ids=["all heads at once", "backward in groups", "both in groups"],
 )
 def test_every_device_launches_its_own_for_all_keys(length: int, heads: tuple[int, int], permutes: int) -> None:
     """The length divided: keys and values are gathered for each pass, and their gradients scattered.
 
-    In groups, all of it is in a loop but for the permutation of the intervals.
+    In groups, all of it is in a loop except for the permutation of the intervals, once for each such pass.
     """
     mesh = two_devices(AxisType.Explicit)
     shape = dataclasses.replace(SMALL, queries=length, keys=length, heads=heads[0], kv_heads=heads[1])
