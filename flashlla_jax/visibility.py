@@ -217,18 +217,15 @@ def _within_segments(
     batch = next((x.shape[0] for x in given if x.shape[0] != 1), 1)  # may be symbolic
     start, end, query_ids, key_ids = (jnp.broadcast_to(x, (batch, x.shape[1])) for x in given[:4])
 
-    position = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), (batch, keys))
     visible = jnp.full((batch, 1), keys, jnp.int32)
     hidden: tuple[Array, ...] = ()
     if key_mask is not None:
         key_mask = jnp.broadcast_to(key_mask, (batch, keys))
         visible, hidden = jnp.sum(key_mask, axis=1, keepdims=True, dtype=jnp.int32), ((~key_mask).astype(jnp.int32),)
-    # Ids keep their dtype, so that 64-bit ids stay apart. No two entries are equal, and a stable sort takes longer.
-    by = (*hidden, key_ids, position)
-    *_, ids, order = lax.sort(by, dimension=1, is_stable=False, num_keys=len(by))
+    ids, order = _sorted((*hidden, key_ids))
 
     wanted = jnp.concatenate([query_ids, query_ids, query_ids, key_ids], axis=1)
-    place = jnp.concatenate([start, end, jnp.zeros_like(start), jnp.zeros_like(position)], axis=1)
+    place = jnp.concatenate([start, end, jnp.zeros_like(start), jnp.zeros_like(order)], axis=1)
     first, stop, query_ids, key_ids = jnp.split(
         _before(ids, order, visible, wanted, place), [queries, 2 * queries, 3 * queries], axis=1
     )
@@ -240,6 +237,14 @@ def _within_segments(
     if key_mask is not None:
         key_ids = jnp.where(key_mask, key_ids, _HIDDEN_KEY)
     return start, end, (query_ids, key_ids, contiguous)
+
+
+def _sorted(by: tuple[Array, ...]) -> tuple[Array, Array]:
+    """The last array ``(B, S)``, sorted by all of them and then by position, and the positions."""
+    position = jnp.broadcast_to(jnp.arange(by[-1].shape[1], dtype=jnp.int32), by[-1].shape)
+    # Ids keep their dtype, so that 64-bit ids stay apart. No two entries are equal, and a stable sort takes longer.
+    *_, ids, order = lax.sort((*by, position), dimension=1, is_stable=False, num_keys=len(by) + 1)
+    return ids, order
 
 
 def _before(ids: Array, order: Array, visible: Array, wanted: Array, place: Array) -> Int[Array, "B n"]:
@@ -294,23 +299,20 @@ def seen_keys(seen: Visibility, keys: int, kv_heads: int) -> Bool[Array, "#B S #
         if by_head.shape[1] > 1:
             by_head = jnp.any(by_head.reshape(by_head.shape[0], kv_heads, -1, keys), axis=2)
         return jnp.moveaxis(by_head, 1, 2)
-    # a query adds 1 to the keys from its start on, and takes 1 off from its end on
-    batch = seen.start.shape[0]
     if seen.query_ids is None or seen.key_ids is None:
-        steps = jax.vmap(lambda start, end: jnp.zeros(keys + 1, jnp.int32).at[start].add(1).at[end].add(-1))
-        return (jnp.cumsum(steps(seen.start, seen.end), axis=1)[:, :keys] > 0)[..., None]
-    # the same among the keys of one segment: sorted by segment and position, as in _within_segments
-    some = seen.start < seen.end
-    key_ids = jnp.broadcast_to(seen.key_ids, (batch, keys))
-    query_ids = jnp.where(some, seen.query_ids, _HIDDEN_QUERY)
-    ids = jnp.concatenate([key_ids, query_ids, query_ids], axis=1)
-    position = jnp.broadcast_to(2 * jnp.arange(keys, dtype=jnp.int32) + 1, (batch, keys))
-    place = jnp.concatenate([position, 2 * seen.start, 2 * seen.end], axis=1)
-    step = jnp.concatenate([jnp.zeros_like(position), jnp.ones_like(query_ids), -jnp.ones_like(query_ids)], axis=1)
-    index = jnp.broadcast_to(jnp.arange(place.shape[1], dtype=jnp.int32), place.shape)
-    _, _, step, index = lax.sort((ids, place, step, index), dimension=1, num_keys=2)
-    covered = jnp.cumsum(step, axis=1) > 0
-    return (_put(index, covered, place.shape[1])[:, :keys] & (key_ids >= 0))[..., None]
+        return _covered(seen.start, seen.end, keys)[..., None]
+    # the same among the keys sorted by segment, put back in their order
+    batch = seen.start.shape[0]
+    ids, order = _sorted((jnp.broadcast_to(seen.key_ids, (batch, keys)),))
+    every = jnp.full((batch, 1), keys, jnp.int32)
+    first, stop = (_before(ids, order, every, seen.query_ids, place) for place in (seen.start, seen.end))
+    return (_put(order, _covered(first, stop, keys), keys) & (seen.key_ids >= 0))[..., None]
+
+
+def _covered(start: Array, end: Array, keys: int) -> Bool[Array, "B S"]:
+    """Which positions lie in some interval: each adds 1 from its start on, and takes 1 off from its end on."""
+    steps = jax.vmap(lambda start, end: jnp.zeros(keys + 1, jnp.int32).at[start].add(1).at[end].add(-1))
+    return jnp.cumsum(steps(start, end), axis=1)[:, :keys] > 0
 
 
 def without_hidden(query: Array, key: Array, value: Array, seen: Visibility) -> tuple[Array, Array, Array]:
