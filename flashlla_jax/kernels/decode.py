@@ -28,6 +28,19 @@ COLUMNS: tl.constexpr = tl.constexpr(16)
 FEW: tl.constexpr = tl.constexpr(32)
 
 
+class Split(NamedTuple):
+    """One split of a row: its keys, and where it is read and written."""
+
+    low: tl.tensor  # the first key
+    high: tl.tensor  # one past the last; as low if it has none
+    first: tl.tensor  # position of the first key that the row sees
+    row: tl.tensor  # number of the row among all queries and heads
+    k: tl.tensor  # pointer to the keys of the row's key head
+    v: tl.tensor  # and to its values
+    mask: tl.tensor  # pointer to the row's mask, with MASK
+    place: tl.tensor  # number of the split among those of all rows
+
+
 class Partials(NamedTuple):
     """The sums of a split, for each of rows x SPLITS."""
 
@@ -49,13 +62,28 @@ def row_of(number, T, c: tl.constexpr):
 
 
 @triton.jit
-def keys_of_split(interval_ptr, query, split, c: tl.constexpr):
-    """The first key of a split, and one past its last; both the same if it has none."""
+def split_of(k, v, interval_ptr, first_ptr, mask_ptr, program, T, S, c: tl.constexpr):
+    """The ``Split`` of a program. The splits of a row follow each other, and then the rows of a key head."""
+    number, split = program // c.SPLITS, program % c.SPLITS
+    batch, token, head, kv_head = row_of(number, T, c)
+    query = batch * T + token
     start = tl.load(interval_ptr + 2 * query)
     end = tl.load(interval_ptr + 2 * query + 1)
     blocks = tl.cdiv(tl.cdiv(end - start, c.BN), c.SPLITS)
     low = start + split * blocks * c.BN
-    return low, tl.minimum(low + blocks * c.BN, end)
+    mask = mask_ptr
+    if c.MASK:
+        mask += mask_offset(batch, token, head, T, S, c)
+    return Split(
+        low,
+        tl.minimum(low + blocks * c.BN, end),
+        first_seen(interval_ptr, first_ptr, query, head, c),
+        query * c.HEADS + head,
+        k + (batch * S * c.KV_HEADS + kv_head) * c.D,
+        v + (batch * S * c.KV_HEADS + kv_head) * c.DV,
+        mask,
+        number.to(tl.int64) * c.SPLITS + split,
+    )
 
 
 @triton.jit
@@ -78,39 +106,52 @@ def first_seen(interval_ptr, first_ptr, query, head, c: tl.constexpr):
 
 
 @triton.jit
-def visible_keys(mask_row, n, high, c: tl.constexpr):
-    """Which of the keys ``n`` a row sees; none from ``high`` on."""
-    visible = n < high
+def visible_keys(at, n, c: tl.constexpr):
+    """Which of the keys ``n`` a row sees; none beyond the split."""
+    visible = n < at.high
     if c.MASK:
-        visible = visible & (tl.load(mask_row + n * c.MASK_S, mask=visible, other=0) != 0)
+        visible = visible & (tl.load(at.mask + n * c.MASK_S, mask=visible, other=0) != 0)
     return visible
 
 
 @triton.jit
-def load_rows(base, n0, visible, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, c: tl.constexpr):
-    """(BN, PADDED): rows of the cache from n0 on, zero where they are not visible, in the products' dtype."""
-    d = tl.arange(0, PADDED)
-    pointers = base + (n0 + tl.arange(0, c.BN)).to(tl.int64)[:, None] * STRIDE + d[None, :]
-    return widened(tl.load(pointers, mask=visible[:, None] & (d[None, :] < WIDTH), other=0.0), c)
+def load_vector(base, d, c: tl.constexpr):
+    """Features ``d`` of a query or a probe, in float32."""
+    return tl.load(base + d, mask=d < c.D, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_columns(base, n, d, visible, STRIDE: tl.constexpr, c: tl.constexpr):
+def load_origin(at, d, c: tl.constexpr):
+    """Features ``d`` of the first key that a row sees, in float32; 0 if the split has no key."""
+    pointers = at.k + at.first * (c.KV_HEADS * c.D) + d
+    return tl.load(pointers, mask=(d < c.D) & (at.high > at.low), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_values(at, n, visible, c: tl.constexpr):
+    """(BN, DVP): the values of the keys ``n``, zero if they are not visible, in the products' dtype."""
+    d = tl.arange(0, c.DVP)
+    pointers = at.v + n.to(tl.int64)[:, None] * (c.KV_HEADS * c.DV) + d[None, :]
+    return widened(tl.load(pointers, mask=visible[:, None] & (d[None, :] < c.DV), other=0.0), c)
+
+
+@triton.jit
+def load_columns(at, n, d, visible, c: tl.constexpr):
     """Features ``d`` of the keys ``n``, one key a column: the keys as a product's first operand."""
-    pointers = base + n.to(tl.int64)[None, :] * STRIDE + d[:, None]
+    pointers = at.k + n.to(tl.int64)[None, :] * (c.KV_HEADS * c.D) + d[:, None]
     return widened(tl.load(pointers, mask=visible[None, :] & (d[:, None] < c.D), other=0.0), c)
 
 
 @triton.jit
-def centre_of(base, low, high, mask_row, d, STRIDE: tl.constexpr, c: tl.constexpr):
+def centre_of(at, d, c: tl.constexpr):
     """Features ``d`` of the mean of the visible keys among the first few of a split; 0 if none is visible.
 
     The products' rounding errors are relative to the weighted keys and to their sum. Near the mean both are small,
     whatever offset the keys have in common.
     """
-    n = low + tl.arange(0, FEW)
-    visible = visible_keys(mask_row, n, high, c)
-    few = load_columns(base, n, d, visible, STRIDE, c).to(tl.float32)
+    n = at.low + tl.arange(0, FEW)
+    visible = visible_keys(at, n, c)
+    few = load_columns(at, n, d, visible, c).to(tl.float32)
     return tl.sum(few, 1) / tl.maximum(tl.sum(visible.to(tl.float32), 0), 1.0)
 
 
@@ -146,6 +187,28 @@ def two_parts(p, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def partials_of(tops, omegas, means, moments, place, c: tl.constexpr):
+    """The ``Partials`` that begin with the split of this number."""
+    WIDTH: tl.constexpr = c.DP + c.DVP
+    return Partials(tops + place, omegas + place, means + place * WIDTH, moments + place * (c.DP * WIDTH))
+
+
+@triton.jit
+def store_moments(partials, chunk, top, omega, kbar, vbar, kk, kv, c: tl.constexpr):
+    """The sums of a split. kbar, kk and kv are those of a chunk of features, the others are the same for all chunks."""
+    WIDTH: tl.constexpr = c.DP + c.DVP
+    d, dv, chunk_d = tl.arange(0, c.DP), tl.arange(0, c.DVP), chunk * c.BD + tl.arange(0, c.BD)
+    tl.store(partials.means + chunk_d, kbar)
+    if chunk == 0:
+        tl.store(partials.top, top)
+        tl.store(partials.omega, omega)
+        tl.store(partials.means + c.DP + dv, vbar)
+    base = partials.moments + chunk_d[:, None] * WIDTH
+    tl.store(base + d[None, :], kk)
+    tl.store(base + c.DP + dv[None, :], kv)
+
+
+@triton.jit
 def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omegas, means, moments, c: tl.constexpr):
     """One row, one split, BD features.
 
@@ -154,33 +217,18 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
     """
     CHUNKS: tl.constexpr = c.DP // c.BD
     chunk = tl.program_id(0) % CHUNKS
-    number = tl.program_id(0) // CHUNKS // c.SPLITS
-    split = tl.program_id(0) // CHUNKS % c.SPLITS
-    batch, token, head, kv_head = row_of(number, T, c)
-    low, high = keys_of_split(interval_ptr, batch * T + token, split, c)
-
-    d, dv, chunk_d = tl.arange(0, c.DP), tl.arange(0, c.DVP), chunk * c.BD + tl.arange(0, c.BD)
-    K_STRIDE: tl.constexpr = c.KV_HEADS * c.D
-    V_STRIDE: tl.constexpr = c.KV_HEADS * c.DV
-    k_base = k + (batch * S * c.KV_HEADS + kv_head) * c.D
-    v_base = v + (batch * S * c.KV_HEADS + kv_head) * c.DV
-    q_base = q + ((batch * T + token) * c.HEADS + head) * c.D
-    first = first_seen(interval_ptr, first_ptr, batch * T + token, head, c)
-    origin = tl.load(k_base + first * K_STRIDE + d, mask=(d < c.D) & (high > low), other=0.0).to(tl.float32)
-    query = tl.load(q_base + d, mask=d < c.D, other=0.0).to(tl.float32)
+    at = split_of(k, v, interval_ptr, first_ptr, mask_ptr, tl.program_id(0) // CHUNKS, T, S, c)
+    partials = partials_of(tops, omegas, means, moments, at.place, c)
+    d, chunk_d = tl.arange(0, c.DP), chunk * c.BD + tl.arange(0, c.BD)
+    origin = load_origin(at, d, c)
+    query = load_vector(q + at.row * c.D, d, c)
     DTYPE: tl.constexpr = tl.bfloat16 if c.WIDEN else k.dtype.element_ty
     query_columns = columns_of(query, DTYPE, 3)  # a float32 query may go with a bfloat16 cache
     shift_logit = tl.sum(query * origin, 0) * c.SCALE
-    mask_row = mask_ptr
-    if c.MASK:
-        mask_row += mask_offset(batch, token, head, T, S, c)
-    place = number.to(tl.int64) * c.SPLITS + split
-    WIDTH: tl.constexpr = c.DP + c.DVP
-    chunk_means = means + place * WIDTH + chunk_d
-    # through memory: Triton loads in every layout that a product wants, but would have to move a sum there
-    tl.store(chunk_means, centre_of(k_base, low, high, mask_row, chunk_d, K_STRIDE, c))
+    # by way of memory: Triton loads it in every layout that a product wants; a computed value it would convert there
+    tl.store(partials.means + chunk_d, centre_of(at, chunk_d, c))
     tl.debug_barrier()
-    centre = tl.load(chunk_means)
+    centre = tl.load(partials.means + chunk_d)
 
     top = NO_LOGIT
     weights = tl.zeros((c.BN,), tl.float32)  # added up at the end: a sum now would make all warps wait
@@ -194,11 +242,11 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
     v_sum = tl.zeros((c.DVP, COLUMNS), tl.float32)
     kk = tl.zeros((c.BD, c.DP), tl.float32)
     kv = tl.zeros((c.BD, c.DVP), tl.float32)
-    for n0 in tl.range(low, high, c.BN, num_stages=c.STAGES):
+    for n0 in tl.range(at.low, at.high, c.BN, num_stages=c.STAGES):
         columns = n0 + tl.arange(0, c.BN)
-        visible = visible_keys(mask_row, columns, high, c)
-        keys = load_columns(k_base, columns, d, visible, K_STRIDE, c)
-        V = load_rows(v_base, n0, visible, V_STRIDE, c.DV, c.DVP, c)
+        visible = visible_keys(at, columns, c)
+        keys = load_columns(at, columns, d, visible, c)
+        V = load_values(at, columns, visible, c)
         K = tl.trans(keys)
         s = tl.sum(tl.dot(K, query_columns), 1) * c.SCALE - shift_logit
         s = tl.where(visible, s, NO_LOGIT)
@@ -215,7 +263,7 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
             w_sum *= shrink
         part = keys
         if CHUNKS > 1:
-            part = load_columns(k_base, columns, chunk_d, visible, K_STRIDE, c)
+            part = load_columns(at, columns, chunk_d, visible, c)
         weighted = p[None, :] * (part.to(tl.float32) - centre[:, None])
         hi = weighted.to(DTYPE)
         lo = (weighted - hi.to(tl.float32)).to(DTYPE)
@@ -244,14 +292,7 @@ def moments_kernel(q, k, v, interval_ptr, first_ptr, mask_ptr, T, S, tops, omega
     kk -= weighted_sum[:, None] * mean[None, :]
     kv -= weighted_sum[:, None] * vbar[None, :]
 
-    tl.store(chunk_means, chunk_kbar)
-    if chunk == 0:
-        tl.store(tops + place, top)
-        tl.store(omegas + place, omega)
-        tl.store(means + place * WIDTH + c.DP + dv, vbar)
-    base = moments + (place * c.DP + chunk_d)[:, None] * WIDTH
-    tl.store(base + d[None, :], kk)
-    tl.store(base + c.DP + dv[None, :], kv)
+    store_moments(partials, chunk, top, omega, chunk_kbar, vbar, kk, kv, c)
 
 
 @triton.jit
@@ -262,12 +303,7 @@ def solve_kernel(q, k, lam_ptr, interval_ptr, first_ptr, tops, omegas, means, mo
     d, dv = tl.arange(0, c.DP), tl.arange(0, c.DVP)
     row = (batch * T + token) * c.HEADS + head
     lam = tl.load(lam_ptr + row)
-    partials = Partials(
-        tops + number.to(tl.int64) * c.SPLITS,
-        omegas + number.to(tl.int64) * c.SPLITS,
-        means + number.to(tl.int64) * c.SPLITS * (c.DP + c.DVP),
-        moments + number.to(tl.int64) * c.SPLITS * (c.DP * (c.DP + c.DVP)),
-    )
+    partials = partials_of(tops, omegas, means, moments, number.to(tl.int64) * c.SPLITS, c)
     top, omega = merge_weights(partials, c)
     blind = omega == 0.0
     total = tl.where(blind, 1.0, omega)
@@ -275,7 +311,7 @@ def solve_kernel(q, k, lam_ptr, interval_ptr, first_ptr, tops, omegas, means, mo
     first = first_seen(interval_ptr, first_ptr, batch * T + token, head, c)
     origin_ptr = k + (batch * S * c.KV_HEADS + kv_head) * c.D + first * (c.KV_HEADS * c.D)
     origin = tl.load(origin_ptr + d, mask=(d < c.D) & (blind == 0), other=0.0).to(tl.float32)
-    query = tl.load(q + row * c.D + d, mask=d < c.D, other=0.0).to(tl.float32)
+    query = load_vector(q + row * c.D, d, c)
     m = tl.where(blind, 0.0, (query - origin) - kbar)
 
     A = merge_keys(partials, top, total, kbar, c)

@@ -228,7 +228,8 @@ def _splits(programs: int, at_once: int, most: int) -> int:
     that come within 5 % of the shortest time, since the moments of every part have to be written and merged.
     """
     times = [-(-programs * parts // at_once) / parts for parts in range(1, most + 1)]
-    return 1 + next(i for i, time in enumerate(times) if time <= 1.05 * min(times))
+    enough = 1.05 * min(times)
+    return 1 + next(i for i, time in enumerate(times) if time <= enough)
 
 
 def constants(query: Any, key: Any, value: Any, seen: Visibility, qk_scale: float, plan: DecodePlan) -> DecodeConstants:

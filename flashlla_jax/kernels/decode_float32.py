@@ -10,12 +10,13 @@ import triton.language as tl
 
 from flashlla_jax.kernels.decode import (
     NO_LOGIT,
-    first_seen,
-    keys_of_split,
     load_columns,
-    load_rows,
-    mask_offset,
-    row_of,
+    load_origin,
+    load_values,
+    load_vector,
+    partials_of,
+    split_of,
+    store_moments,
     visible_keys,
 )
 
@@ -27,25 +28,10 @@ def float32_moments_kernel(
     """One row, one split, BD features. Order of programs and results are those of ``moments_kernel``."""
     CHUNKS: tl.constexpr = c.DP // c.BD
     chunk = tl.program_id(0) % CHUNKS
-    number = tl.program_id(0) // CHUNKS // c.SPLITS
-    split = tl.program_id(0) // CHUNKS % c.SPLITS
-    batch, token, head, kv_head = row_of(number, T, c)
-    low, high = keys_of_split(interval_ptr, batch * T + token, split, c)
-
-    d, dv, chunk_d = tl.arange(0, c.DP), tl.arange(0, c.DVP), chunk * c.BD + tl.arange(0, c.BD)
-    K_STRIDE: tl.constexpr = c.KV_HEADS * c.D
-    V_STRIDE: tl.constexpr = c.KV_HEADS * c.DV
-    k_base = k + (batch * S * c.KV_HEADS + kv_head) * c.D
-    v_base = v + (batch * S * c.KV_HEADS + kv_head) * c.DV
-    q_base = q + ((batch * T + token) * c.HEADS + head) * c.D
-    origin_ptr = k_base + first_seen(interval_ptr, first_ptr, batch * T + token, head, c) * K_STRIDE
-    sees = high > low
-    origin = tl.load(origin_ptr + d, mask=(d < c.D) & sees, other=0.0).to(tl.float32)
-    chunk_origin = tl.load(origin_ptr + chunk_d, mask=(chunk_d < c.D) & sees, other=0.0).to(tl.float32)
-    query = tl.load(q_base + d, mask=d < c.D, other=0.0).to(tl.float32)
-    mask_row = mask_ptr
-    if c.MASK:
-        mask_row += mask_offset(batch, token, head, T, S, c)
+    at = split_of(k, v, interval_ptr, first_ptr, mask_ptr, tl.program_id(0) // CHUNKS, T, S, c)
+    d, chunk_d = tl.arange(0, c.DP), chunk * c.BD + tl.arange(0, c.BD)
+    origin, chunk_origin = load_origin(at, d, c), load_origin(at, chunk_d, c)
+    query = load_vector(q + at.row * c.D, d, c)
 
     top = NO_LOGIT
     omega = 0.0
@@ -54,14 +40,14 @@ def float32_moments_kernel(
     chunk_kbar = tl.zeros((c.BD,), tl.float32)
     kk = tl.zeros((c.BD, c.DP), tl.float32)
     kv = tl.zeros((c.BD, c.DVP), tl.float32)
-    for n0 in tl.range(low, high, c.BN, num_stages=c.STAGES):
+    for n0 in tl.range(at.low, at.high, c.BN, num_stages=c.STAGES):
         columns = n0 + tl.arange(0, c.BN)
-        visible = visible_keys(mask_row, columns, high, c)
-        keys = load_columns(k_base, columns, d, visible, K_STRIDE, c) - origin[:, None]
-        V = load_rows(v_base, n0, visible, V_STRIDE, c.DV, c.DVP, c)
+        visible = visible_keys(at, columns, c)
+        keys = load_columns(at, columns, d, visible, c) - origin[:, None]
+        V = load_values(at, columns, visible, c)
         part = keys
         if CHUNKS > 1:
-            part = load_columns(k_base, columns, chunk_d, visible, K_STRIDE, c) - chunk_origin[:, None]
+            part = load_columns(at, columns, chunk_d, visible, c) - chunk_origin[:, None]
         s = tl.where(visible, tl.sum(query[:, None] * keys, 0) * c.SCALE, NO_LOGIT)
         new_top = tl.maximum(top, tl.max(s, 0))
         p = tl.where(visible, tl.math.exp2(s - new_top), 0.0)
@@ -90,13 +76,5 @@ def float32_moments_kernel(
         chunk_kbar += fresh * chunk_step
         omega = total
 
-    place = number.to(tl.int64) * c.SPLITS + split
-    WIDTH: tl.constexpr = c.DP + c.DVP
-    tl.store(means + place * WIDTH + chunk_d, chunk_kbar)
-    if chunk == 0:
-        tl.store(tops + place, top)
-        tl.store(omegas + place, omega)
-        tl.store(means + place * WIDTH + c.DP + dv, vbar)
-    base = moments + (place * c.DP + chunk_d)[:, None] * WIDTH
-    tl.store(base + d[None, :], kk)
-    tl.store(base + c.DP + dv[None, :], kv)
+    partials = partials_of(tops, omegas, means, moments, at.place, c)
+    store_moments(partials, chunk, top, omega, chunk_kbar, vbar, kk, kv, c)

@@ -21,12 +21,12 @@ from flashlla_jax.kernels.decode import (
     COLUMNS,
     NO_LOGIT,
     columns_of,
-    first_seen,
-    keys_of_split,
     load_columns,
-    load_rows,
-    mask_offset,
+    load_origin,
+    load_values,
+    load_vector,
     row_of,
+    split_of,
     two_parts,
     visible_keys,
 )
@@ -52,41 +52,27 @@ def two_sums(columns):
 
 @triton.jit
 def gather_kernel(q, k, v, r, interval_ptr, first_ptr, mask_ptr, T, S, tops, omegas, taus, sums, c: tl.constexpr):
-    """One row, one split. The splits of a row follow each other, and then the rows that share a key head."""
-    number = tl.program_id(0) // c.SPLITS
-    split = tl.program_id(0) % c.SPLITS
-    batch, token, head, kv_head = row_of(number, T, c)
-    low, high = keys_of_split(interval_ptr, batch * T + token, split, c)
-
+    """One row, one split."""
+    at = split_of(k, v, interval_ptr, first_ptr, mask_ptr, tl.program_id(0), T, S, c)
     d, dv = tl.arange(0, c.DP), tl.arange(0, c.DVP)
-    K_STRIDE: tl.constexpr = c.KV_HEADS * c.D
-    V_STRIDE: tl.constexpr = c.KV_HEADS * c.DV
-    k_base = k + (batch * S * c.KV_HEADS + kv_head) * c.D
-    v_base = v + (batch * S * c.KV_HEADS + kv_head) * c.DV
-    row = ((batch * T + token) * c.HEADS + head) * c.D
-    first = first_seen(interval_ptr, first_ptr, batch * T + token, head, c)
-    origin = tl.load(k_base + first * K_STRIDE + d, mask=(d < c.D) & (high > low), other=0.0).to(tl.float32)
-    query = tl.load(q + row + d, mask=d < c.D, other=0.0).to(tl.float32)
-    probe = tl.load(r + row + d, mask=d < c.D, other=0.0).to(tl.float32)
+    origin = load_origin(at, d, c)
+    query, probe = load_vector(q + at.row * c.D, d, c), load_vector(r + at.row * c.D, d, c)
     DTYPE: tl.constexpr = tl.float32 if c.UPCAST else (tl.bfloat16 if c.WIDEN else k.dtype.element_ty)
     PARTS: tl.constexpr = 1 if c.UPCAST else 2
     # a float32 query may go with a bfloat16 cache
     vectors = two_vectors(query, probe, DTYPE, 1 if c.UPCAST else 3)
     # float32 keys are taken relative to the origin at once; others as they are, which is exact
     shift = 0.0 if c.UPCAST else tl.sum(probe * origin, 0)
-    mask_row = mask_ptr
-    if c.MASK:
-        mask_row += mask_offset(batch, token, head, T, S, c)
 
     top = NO_LOGIT
     weights = tl.zeros((c.BN,), tl.float32)  # added up at the end: a sum now would make all warps wait
     moved = tl.zeros((c.BN,), tl.float32)
     acc = tl.zeros((c.DVP, COLUMNS), tl.float32)
-    for n0 in tl.range(low, high, c.BN, num_stages=c.STAGES):
+    for n0 in tl.range(at.low, at.high, c.BN, num_stages=c.STAGES):
         columns = n0 + tl.arange(0, c.BN)
-        visible = visible_keys(mask_row, columns, high, c)
-        keys = load_columns(k_base, columns, d, visible, K_STRIDE, c)
-        V = load_rows(v_base, n0, visible, V_STRIDE, c.DV, c.DVP, c)
+        visible = visible_keys(at, columns, c)
+        keys = load_columns(at, columns, d, visible, c)
+        V = load_values(at, columns, visible, c)
         if c.UPCAST:
             keys -= origin[:, None]
         s, h = two_sums(tl.dot(tl.trans(keys), vectors, input_precision=c.PRECISION))
@@ -100,7 +86,7 @@ def gather_kernel(q, k, v, r, interval_ptr, first_ptr, mask_ptr, T, S, tops, ome
         moved = moved * shrink + ph
         acc = tl.dot(tl.trans(V), two_vectors(p, ph, DTYPE, PARTS), acc=acc * shrink, input_precision=c.PRECISION)
 
-    place = number.to(tl.int64) * c.SPLITS + split
+    place = at.place
     tl.store(tops + place, top)
     tl.store(omegas + place, tl.sum(weights, 0))
     tl.store(taus + place, tl.sum(moved, 0))
