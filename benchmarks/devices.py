@@ -4,9 +4,9 @@
 
 Forward and backward, bfloat16, D = 64, causal, lambda 10, of batch, heads and length, plain and packed with documents
 of an eighth of the length; the length in all three ways that a call may be divided. Five calls or more follow each
-other, as steps of a training do. ``memory`` is what the compiled program holds on a device at most, inputs and outputs
-included. Then the training step of examples/train_char_lm.py: the median over five runs of 20 steps, a run timed as
-one, and their spread, (max - min) / median. Ratios are of this run.
+other, as steps of a training do, after a second of the same calls. ``memory`` is what the compiled program holds on a
+device at most, inputs and outputs included. Then the training step of examples/train_char_lm.py: the median over five
+runs of 20 steps, a run timed as one, and their spread, (max - min) / median. Ratios are of this run.
 ``--quick`` takes tiny shapes, on any devices. Writes devices_DEVICE.txt.
 """
 
@@ -17,7 +17,7 @@ import importlib
 import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +111,16 @@ def held(program: Any) -> int:
 
 def call(setting: Setting, devices: int) -> Measured:
     program, inputs = compiled(setting, devices)
-    return Measured(1e3 * median_time(jax_timer(program, inputs), 7, 4.0, least=5).seconds, held(program))
+    timed = jax_timer(program, inputs)
+    warm_up(timed)
+    return Measured(1e3 * median_time(timed, 7, 4.0, least=5).seconds, held(program))
+
+
+def warm_up(timed: Callable[[int], float], seconds: float = 1.0) -> None:
+    """Runs calls for a while: a device that has rested has other clocks than one at work."""
+    spent = 0.0
+    while spent < seconds:
+        spent += timed(5)
 
 
 def training_step(mesh: str, devices: int, changes: dict[str, Any], quick: bool) -> Timing:
