@@ -28,6 +28,17 @@ def check_one_key(implementation: str) -> None:
     np.testing.assert_allclose(attend(q, k, v, delta_eps=0.0)[0], [[0, 0], [1, 1]], atol=1e-6)
 
 
+def moved(inputs: Inputs, seed: int) -> Inputs:
+    """Queries and keys moved by a rounding of float32.
+
+    That changes the truth by 1e-7. The dense form's error may be 1000 times another: one row makes all of it, in which
+    two keys share the weight, and one sample of it is luck.
+    """
+    rng = np.random.default_rng(seed)
+    q, k = (x * jnp.asarray(1 + 2.0**-23 * rng.integers(-1, 2, x.shape), jnp.float32) for x in (inputs.q, inputs.k))
+    return inputs._replace(q=q, k=k)
+
+
 class HardKeyTests:
     implementation: str
     rows: int = 160  # of standard deviation 10 and more
@@ -51,14 +62,17 @@ class HardKeyTests:
         q, k, v, g = draw(shape, "float32")
         inputs, ridge = Inputs(std * q, std * k, v, g), jnp.full(shape.ridge, lam, jnp.float32)
         expected = truth(inputs, ridge)
-        got, dense = (evaluate(inputs, ridge, implementation=name) for name in (self.implementation, "reference"))
+        got = evaluate(inputs, ridge, implementation=self.implementation)
+        dense = [
+            evaluate(x, ridge, implementation="reference") for x in (inputs, *(moved(inputs, i) for i in range(4)))
+        ]
         # On rows with one key there is no gradient but dv, so the others are measured on the scale of |g| |v|. Where
         # two keys share a row's weight, both forms show the rounding of that row's logits.
         scale = {"dq": 1 / std, "dk": 1 / std, "dlambda": 1 / lam}
         for name, x in expected.items():
             floor = scale.get(name, 0.0) * float(jnp.linalg.norm(v) * jnp.linalg.norm(g))
-            errors = [relative_error(y[name], x, floor) for y in (got, dense)]
-            assert errors[0] <= max(2e-5, self.factor * errors[1]), (name, errors)
+            error, *errors = (relative_error(y[name], x, floor) for y in (got, *dense))
+            assert error <= max(2e-5, self.factor * max(errors)), (name, error, errors)
         assert float(jnp.abs(got["o"]).max()) <= 1.2 * float(jnp.abs(v).max())
 
     @pytest.mark.parametrize("qk_scale", [None, 2e-4])
