@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -86,7 +86,9 @@ def solve(
         x, *aux = solution._replace(x=solution.x * scale, residual_norm=solution.residual_norm * scale[..., 0])
         return x, tuple(aux)
 
-    x, aux = lax.custom_linear_solve(matvec, rhs, iterate, symmetric=True, has_aux=True)
+    # its type in JAX 0.12 is that of a call without aux
+    solved: Any = lax.custom_linear_solve(matvec, rhs, iterate, symmetric=True, has_aux=True)
+    x, aux = solved
     return Solution(x, *aux)
 
 

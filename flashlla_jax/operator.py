@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir, xla
 from jaxtyping import Array
 
@@ -36,6 +36,9 @@ from flashlla_jax.kernels.ahead import compile_side_by_side
 from flashlla_jax.kernels.plan import PARALLAX_TABLE, TABLE, plan_for
 from flashlla_jax.sharding import divisible, varying_like
 from flashlla_jax.visibility import Visibility, seeing_queries, without_hidden
+
+# A jaxpr without free variables: ClosedJaxpr until JAX 0.11, Jaxpr since.
+Closed = Any
 
 
 @dataclass(frozen=True)
@@ -202,14 +205,12 @@ def _bind(primitive: Primitive, call: _Call, given: tuple[Any, ...], differentia
 # the named implementation (of the kernels if none is named), and that of the backward pass if it follows.
 
 
-def _on_cuda(ctx: Any, *flat: Any, jaxpr: ClosedJaxpr, follows: ClosedJaxpr | None, **_: Any) -> Any:
+def _on_cuda(ctx: Any, *flat: Any, jaxpr: Closed, follows: Closed | None, **_: Any) -> Any:
     compile_side_by_side(*filter(None, (jaxpr, follows)))
     return _lowering(jaxpr_as_fun(jaxpr))(ctx, *flat)
 
 
-def _elsewhere(
-    primitive: Primitive, *flat: Any, call: _Call, tree: Any, jaxpr: ClosedJaxpr, follows: ClosedJaxpr | None
-) -> Any:
+def _elsewhere(primitive: Primitive, *flat: Any, call: _Call, tree: Any, jaxpr: Closed, follows: Closed | None) -> Any:
     if call.only is not None:
         return jaxpr_as_fun(jaxpr)(*flat)
     return jax.tree.leaves(_blockwise(primitive, call)(*tree.unflatten(flat)))
@@ -222,8 +223,8 @@ def _batched(
     *,
     call: _Call,
     tree: Any,
-    jaxpr: ClosedJaxpr,
-    follows: ClosedJaxpr | None,
+    jaxpr: Closed,
+    follows: Closed | None,
 ) -> tuple[Any, Any]:
     del jaxpr  # its shapes differ
     size = next(x.shape[axis] for x, axis in zip(flat, axes, strict=True) if axis is not None)
@@ -269,7 +270,7 @@ def _refuse_derivative(*_: Any, **__: Any) -> Any:
 
 
 def _derivative(
-    primitive: Primitive, primals: Any, tangents: Any, *, call: _Call, tree: Any, jaxpr: ClosedJaxpr, follows: None
+    primitive: Primitive, primals: Any, tangents: Any, *, call: _Call, tree: Any, jaxpr: Closed, follows: None
 ) -> tuple[Any, Any]:
     """The derivative in forward mode, for XLA only: of a gradient it gives Hessian-vector products."""
     if call.only != "xla":
@@ -285,9 +286,7 @@ def _is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _push(
-    *flat: Array, of: Primitive, call: _Call, tree: Any, jaxpr: ClosedJaxpr, moving: tuple[int, ...]
-) -> list[Array]:
+def _push(*flat: Array, of: Primitive, call: _Call, tree: Any, jaxpr: Closed, moving: tuple[int, ...]) -> list[Array]:
     """The tangents of the floating results. ``flat`` has the primals, then the tangents of those that move.
 
     It does not differentiate the jaxpr itself: a call that XLA is told to divide cannot be differentiated.
