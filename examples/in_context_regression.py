@@ -164,6 +164,7 @@ def run(config: Config, results: Results, attentions: Sequence[str] = ATTENTIONS
                 "rate": config.rates[best],
                 "validation_error_by_rate": by_rate.tolist(),
                 "loss": np.float64(outcome.losses[best, :: config.loss_every]).round(6).tolist(),
+                "seconds": outcome.seconds,
             },
         )
 

@@ -173,6 +173,7 @@ def run(config: Config, results: Results, attentions: Sequence[str] = ATTENTIONS
                 "rate": config.rates[best],
                 "validation_accuracy_by_rate": outcome.validation.tolist(),
                 "loss": np.float64(outcome.losses[best, :: config.loss_every]).round(5).tolist(),
+                "seconds": outcome.seconds,
             },
         )
 

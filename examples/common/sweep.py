@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from .runs import RunError, again, check_config, number, prepare_folder, seed, write
-from .transformer import ATTENTIONS, DTYPES, IMPLEMENTATIONS, Array, decayed
+from .transformer import ATTENTIONS, DTYPES, IMPLEMENTATIONS, TITLES, Array, decayed
 
 try:
     import optax
@@ -88,6 +90,8 @@ def carry_out(
         for remark in remarks:
             print(remark)
         print(table(config, results, attentions))
+        if seconds := training_seconds(results, attentions):
+            print(seconds)
         figure = plot(config, results, attentions)
         write(output / f"{name}.png", lambda path: figure.savefig(path, dpi=110, format="png"))
     except (RunError, NotImplementedError) as error:  # the latter: an implementation that cannot run here
@@ -96,6 +100,18 @@ def carry_out(
         how = f"{again(args.fresh)} goes on after the last finished training"
         parser.exit(130, f"{parser.prog}: interrupted; {how}\n")
     print(f"results: {output / 'results.json'}, {output / f'{name}.png'}")
+
+
+def training_seconds(results: Results, attentions: Sequence[str]) -> str:
+    """What each method's trainings took, for runs of other lengths at equal time; empty if results lack it."""
+    by_method = {
+        attention: [result.get("seconds") for name, result in results.finished.items() if name.split()[0] == attention]
+        for attention in attentions
+    }
+    if not all(seconds and all(isinstance(x, float) for x in seconds) for seconds in by_method.values()):
+        return ""
+    sums = (f"{TITLES[attention]} {sum(seconds):.1f}" for attention, seconds in by_method.items())
+    return f"seconds of training by the fastest steps: {', '.join(sums)}"
 
 
 @dataclass(frozen=True)
@@ -134,6 +150,7 @@ class Outcome:
     losses: np.ndarray  # (rates, steps)
     validation: Any
     test: Any
+    seconds: float = 0.0  # of the training, if every step takes as long as the fastest ones
 
 
 class Job:
@@ -192,7 +209,7 @@ class Job:
         """Trains, moving the bar by one a step; a RunError if no learning rate has a finite loss."""
         params, optimizer = self._init()
         losses: list[Array] = []
-        shown = 0
+        shown, begin, fastest = 0, time.perf_counter(), math.inf
         for step in range(self.budget.steps):
             params, optimizer, loss = self._step(params, optimizer, jnp.int32(step))
             losses.append(loss)
@@ -200,9 +217,12 @@ class Job:
                 lowest = np.asarray(loss)[best_rate(-np.asarray(loss))]
                 bar.set_postfix_str(f"loss {lowest:.3f}", refresh=False)
                 bar.update(step + 1 - shown)
-                shown = step + 1
+                # the next job compiles meanwhile: the steps that it holds up least tell a method's time
+                fastest = min(fastest, (time.perf_counter() - begin) / (step + 1 - shown))
+                shown, begin = step + 1, time.perf_counter()
         validation, test = (jax.tree.map(np.asarray, self._evaluate(params, key)) for key in self._keys[1:])
-        return Outcome(np.stack([np.asarray(loss) for loss in losses], axis=1), validation, test)
+        losses_by_rate = np.stack([np.asarray(loss) for loss in losses], axis=1)
+        return Outcome(losses_by_rate, validation, test, fastest * self.budget.steps)
 
 
 def run_all(jobs: Sequence[tuple[str, Callable[[], Job]]]) -> Iterator[tuple[str, Outcome]]:

@@ -120,6 +120,8 @@ def test_sweep(example, tmp_path, capsys):
         assert 0 <= result["accuracy"] <= 1
         assert np.mean(result["loss"][-5:]) < np.mean(result["loss"][:5])
         assert f"{result['accuracy']:.4f}" in done.stdout
+        assert result["seconds"] > 0
+    assert f"fastest steps: LLA {finished['lla width 8 length 16']['seconds']:.1f}, Parallax" in done.stdout
 
     flags = [*SMALL, "--output-dir", str(tmp_path)]
     example.main(flags)  # nothing is left to train
@@ -147,7 +149,9 @@ def test_committed_results_are_read(example, tmp_path, capsys):
     shutil.copy(ROOT / "benchmarks" / "results" / "mqar_h200.json", tmp_path / "results.json")
     methods = ["lla", "softmax", "linear"]  # those that the committed file has
     example.main(["--preset", "full", "--attention", *methods, "--output-dir", str(tmp_path)])
-    assert "results: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "results: " in printed
+    assert "seconds" not in printed  # that file has none
 
 
 def test_interrupted_when_fresh(example, tmp_path, monkeypatch, capsys):
