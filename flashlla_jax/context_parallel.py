@@ -243,7 +243,7 @@ def _permuted(axes: Axes, pairs: tuple[tuple[int, int], ...], arrays: list[Array
 def _permuted_jvp(axes: Axes, pairs: Any, primals: Any, tangents: Any) -> tuple[list[Array], list[Any]]:
     (arrays,), (moved,) = primals, tangents
     floats = [i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
-    sent = _permuted(axes, pairs, [moved[i] for i in floats]) if floats else []
+    sent: Any = _permuted(axes, pairs, [moved[i] for i in floats]) if floats else []
     moved = dict(enumerate(moved)) | dict(zip(floats, sent, strict=True))
     return _permuted(axes, pairs, arrays), list(moved.values())
 
