@@ -17,7 +17,7 @@ import importlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,18 +109,13 @@ def held(program: Any) -> int:
     return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 
-def call(setting: Setting, devices: int) -> Measured:
+def call(setting: Setting, devices: int, quick: bool) -> Measured:
     program, inputs = compiled(setting, devices)
     timed = jax_timer(program, inputs)
-    warm_up(timed)
-    return Measured(1e3 * median_time(timed, 7, 4.0, least=5).seconds, held(program))
-
-
-def warm_up(timed: Callable[[int], float], seconds: float = 1.0) -> None:
-    """Runs calls for a while: a device that has rested has other clocks than one at work."""
     spent = 0.0
-    while spent < seconds:
+    while spent < (0 if quick else 1):  # a device that has rested has other clocks than one at work
         spent += timed(5)
+    return Measured(1e3 * median_time(timed, 7, 4.0, least=5).seconds, held(program))
 
 
 def training_step(mesh: str, devices: int, changes: dict[str, Any], quick: bool) -> Timing:
@@ -166,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(line, flush=True)
 
     for setting in QUICK if args.quick else SETTINGS:
-        one, more = call(setting, 1), call(setting, args.devices)
+        one, more = (call(setting, n, args.quick) for n in (1, args.devices))
         mib = f"{one.memory / 2**20:.0f} -> {more.memory / 2**20:.0f}"
         times = f"{one.time:10.3f}{more.time:12.3f}{one.time / more.time:10.3f}"
         tell(f"{setting!s:52}{times}{mib:>16}{more.memory / one.memory:7.2f}")

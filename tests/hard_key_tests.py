@@ -31,8 +31,8 @@ def check_one_key(implementation: str) -> None:
 def moved(inputs: Inputs, seed: int) -> Inputs:
     """Queries and keys moved by a rounding of float32.
 
-    That changes the truth by 1e-7. The dense form's error may be 1000 times another: one row makes all of it, in which
-    two keys share the weight, and one sample of it is luck.
+    That changes the truth by 1e-7, and the dense form's error by up to 1000 times. One row makes all of that error, in
+    which two keys share the weight, so that one sample of it is luck.
     """
     rng = np.random.default_rng(seed)
     q, k = (x * jnp.asarray(1 + 2.0**-23 * rng.integers(-1, 2, x.shape), jnp.float32) for x in (inputs.q, inputs.k))

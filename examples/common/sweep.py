@@ -150,7 +150,7 @@ class Outcome:
     losses: np.ndarray  # (rates, steps)
     validation: Any
     test: Any
-    seconds: float = 0.0  # of the training, if every step takes as long as the fastest ones
+    seconds: float  # of the training, if every step takes as long as the fastest ones
 
 
 class Job:
@@ -216,9 +216,10 @@ class Job:
             if step % 20 == 19 or step + 1 == self.budget.steps:  # do not wait for the device at every step
                 lowest = np.asarray(loss)[best_rate(-np.asarray(loss))]
                 bar.set_postfix_str(f"loss {lowest:.3f}", refresh=False)
-                bar.update(step + 1 - shown)
+                steps = step + 1 - shown
+                bar.update(steps)
                 # the next job compiles meanwhile: the steps that it holds up least tell a method's time
-                fastest = min(fastest, (time.perf_counter() - begin) / (step + 1 - shown))
+                fastest = min(fastest, (time.perf_counter() - begin) / steps)
                 shown, begin = step + 1, time.perf_counter()
         validation, test = (jax.tree.map(np.asarray, self._evaluate(params, key)) for key in self._keys[1:])
         losses_by_rate = np.stack([np.asarray(loss) for loss in losses], axis=1)

@@ -156,7 +156,7 @@ def test_training_that_diverges_ends(import_example):
 
 def test_every_rate_diverges(import_example, example, tmp_path, monkeypatch, capsys):
     nothing = import_example("common.sweep").Outcome(
-        np.full((2, 20), 1.0), np.full((2, 16), np.nan), np.full((2, 16), np.nan)
+        np.full((2, 20), 1.0), np.full((2, 16), np.nan), np.full((2, 16), np.nan), 1.0
     )
     monkeypatch.setattr(example, "run_all", lambda jobs: [(jobs[0][0], nothing)])
     with pytest.raises(SystemExit) as stop:

@@ -181,7 +181,7 @@ def test_folder_that_cannot_be_written(example, tmp_path, monkeypatch, capsys):
 
 
 def test_every_rate_diverges(import_example, example, tmp_path, monkeypatch, capsys):
-    nothing = import_example("common.sweep").Outcome(np.full((2, 20), 1.0), np.full(2, np.nan), np.full(2, np.nan))
+    nothing = import_example("common.sweep").Outcome(np.full((2, 20), 1.0), np.full(2, np.nan), np.full(2, np.nan), 1.0)
     monkeypatch.setattr(example, "run_all", lambda jobs: [(jobs[0][0], nothing)])
     with pytest.raises(SystemExit) as stop:
         example.main([*SMALL, "--output-dir", str(tmp_path)])
