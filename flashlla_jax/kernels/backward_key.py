@@ -57,6 +57,16 @@ class Queries(NamedTuple):
 
 
 @triton.jit
+def with_low_halves(a, b, K, queries, m0, RAGGED: tl.constexpr, c: tl.constexpr):
+    """a and b with the products of K and the low halves of x and u added."""
+    X_lo = load_queries(queries.x_lo, m0, queries.visible.T, RAGGED, c)
+    U_lo = load_queries(queries.u_lo, m0, queries.visible.T, RAGGED, c)
+    a = tl.dot(K, tl.trans(X_lo), acc=a, input_precision=c.PRECISION)
+    b = tl.dot(K, tl.trans(U_lo), acc=b, input_precision=c.PRECISION)
+    return a, b
+
+
+@triton.jit
 def key_gradients(dk, dk_u, dv, at, queries, LOW: tl.constexpr, c: tl.constexpr):
     """dk, the part of it that u makes, and dv, with the share of the queries of one head added.
 
@@ -88,14 +98,14 @@ def key_gradients(dk, dk_u, dv, at, queries, LOW: tl.constexpr, c: tl.constexpr)
                 b = tl.dot(K, tl.trans(U), acc=zeros + near_u[None, :], input_precision=c.PRECISION)
                 b = tl.dot(at.V, tl.trans(G), acc=b, input_precision=c.PRECISION)
             else:
-                a = tl.dot(K, tl.trans(X), input_precision=c.PRECISION)
+                a = tl.zeros((c.BN, c.BM), tl.float32)
                 b = tl.dot(at.V, tl.trans(G), input_precision=c.PRECISION)
+                if LOW and not c.UPCAST:  # in the order of the other kernels: a0 makes up for the rounding of that sum
+                    a, b = with_low_halves(a, b, K, queries, m0, whole == 0, c)
+                a = tl.dot(K, tl.trans(X), acc=a, input_precision=c.PRECISION)
                 b = tl.dot(K, tl.trans(U), acc=b, input_precision=c.PRECISION)
-            if LOW:  # not before the large halves, as elsewhere: three times the spills in float32
-                X_lo = load_queries(queries.x_lo, m0, T, whole == 0, c)
-                U_lo = load_queries(queries.u_lo, m0, T, whole == 0, c)
-                a = tl.dot(K, tl.trans(X_lo), acc=a, input_precision=c.PRECISION)
-                b = tl.dot(K, tl.trans(U_lo), acc=b, input_precision=c.PRECISION)
+            if LOW and c.UPCAST:  # before the large halves it would be three times the spills
+                a, b = with_low_halves(a, b, K, queries, m0, whole == 0, c)
             s = log_weights(as_logits(s, c), lse[None, :], lse_rest[None, :], c)
             if whole == 0:
                 intervals = load_intervals(queries.visible, m0, c)

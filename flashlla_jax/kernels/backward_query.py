@@ -80,12 +80,15 @@ def rounded_by_hand(t, dtype: tl.constexpr):
 
 
 @triton.jit
-def right_hand_side(rows, G, g0, keys, hard, refine, parts, SPLIT: tl.constexpr, c: tl.constexpr):
+def right_hand_side(rows, G, g0, keys, hard, refined, parts, SPLIT: tl.constexpr, c: tl.constexpr):
     """kbar again (cheaper than keeping it), y = sum_j p_ij (gamma_ij - gbar_i) kc_ij, and gbar.
 
-    y's weights are rounded like gamma - g0, so g0 ought to be near gbar: the first ``refine`` (0 or 1) passes find it.
-    The last ``parts`` (1 or 2) gather both: the weights as rounded to bfloat16, and in hard rows the remainder. (A
-    choice between two loops would be faster than two passes, but makes ptxas serialise the wgmma of both, its C7515.)
+    y's weights are rounded like gamma - g0, so g0 ought to be near gbar. A first pass finds it, if some rows are to be
+    ``refined``. Without it their y would be the difference of two large sums: if nearly all the weight is on one key, y
+    is 1e-5 of either, and the tensor cores keep no more of a sum.
+
+    The last ``parts`` (1 or 2) passes gather both: the weights as rounded to bfloat16, and in hard rows the remainder.
+    (A choice between two loops would be faster than two passes, but then ptxas serialises the wgmma of both: C7515.)
     """
     acc_k = tl.zeros((c.BM, c.DP), tl.float32)
     sums_k = tl.zeros((c.BM, 16), tl.float32)
@@ -93,9 +96,11 @@ def right_hand_side(rows, G, g0, keys, hard, refine, parts, SPLIT: tl.constexpr,
     sums_y = tl.zeros((c.BM, 16), tl.float32)
     excess = tl.zeros((c.BM,), tl.float32)
     left = tl.where(hard, 1.0, 0.0)
+    moved = tl.where(refined, 1.0, 0.0)
+    refine = some(refined).to(tl.int32)
     for part in range(refine + parts):
         gathered = tl.where(part > refine, 1.0, 0.0)  # an earlier part of y is kept
-        g0 += excess * (1.0 - gathered)
+        g0 += excess * moved * (1.0 - gathered)
         excess *= gathered
         acc_k *= gathered
         sums_k *= gathered
@@ -238,13 +243,12 @@ def query_kernel(
     # gamma relative to that of a value that the queries see
     g0 = tl.sum(G.to(tl.float32) * value_centre(intervals, keys, c)[None, :], 1)
     parts = 1
-    if c.UPCAST:
-        refine = 1
-    else:  # exactly, where so few keys are seen that this is cheap
-        refine = (keys.tiles.wholes + keys.tiles.edges <= 4).to(tl.int32)
+    refined = omega > 0.0
+    if not c.UPCAST:  # if one key holds a quarter of the weight, or so few keys are seen that this is cheap
+        refined = refined & ((omega < 4.0) | (keys.tiles.wholes + keys.tiles.edges <= 4))
         if c.SPLIT_BELOW != float("inf"):  # else both parts of y are gathered at once
             parts = 1 + some(hard).to(tl.int32)
-    kbar, y, gbar = right_hand_side(rows, G, g0, keys, hard, refine, parts, c.SPLIT_BELOW == float("inf"), c)
+    kbar, y, gbar = right_hand_side(rows, G, g0, keys, hard, refined, parts, c.SPLIT_BELOW == float("inf"), c)
     rows = Rows(Q, lse, lse_rest, kbar, lam, intervals)
     u = solve(y, rows, keys, hard, c).x
 
@@ -274,7 +278,7 @@ def query_kernel(
         a0 = load_rows(a0_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
         b0 = -gbar
         b0 -= mean_of_b(rows, G, keys, Solutions(x_hi, x_lo, u_hi, u_lo, near_x, near_u, a0, b0, lam), c)
-    elif c.CAREFUL_ABOVE < float("inf"):  # as the forward pass found it: so that the a_ij sum to 1
+    elif c.BALANCED_ABOVE < float("inf"):  # as the forward pass found it: so that the a_ij sum to 1
         a0 = load_rows(a0_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
     dlam = -tl.sum(u * x_used, 1)
     c0 = lam * dlam

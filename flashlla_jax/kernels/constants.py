@@ -25,7 +25,8 @@ class Constants:
         HALVES: x and u are carried as hi + lo.
         SPLIT_BELOW: so are the weights of a row that is hard by this measure, see ``tiles.is_hard``.
         LOW_ABOVE: the low half of x is used where it moves some kc.x by more than this.
-        CAREFUL_ABOVE: what the halves leave of x is used, and the a_ij are made to sum to 1, where that does.
+        CAREFUL_ABOVE: what the halves leave of x is used, in the forward pass, where it moves some kc.x by more.
+        BALANCED_ABOVE: the |x.kbar| above which the a_ij of a row are made to sum to 1, as they are beside the rest.
         FROM_FIRST: every interval starts at key 0.
         IDS: ids are compared inside the intervals.
         MASK: a boolean mask is looked at there, and the tiles visited are listed.
@@ -59,6 +60,7 @@ class Constants:
     SPLIT_BELOW: float
     LOW_ABOVE: float
     CAREFUL_ABOVE: float
+    BALANCED_ABOVE: float
     FROM_FIRST: bool
     IDS: bool
     MASK: bool

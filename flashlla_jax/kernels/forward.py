@@ -129,7 +129,7 @@ def mean_with(a0, rows, keys, solution, c: tl.constexpr):
         for i in tl.range(0, count, num_stages=c.EDGE_STAGES if edge else c.STAGES):
             n0 = key_tile(keys, i, edge == 1, c)
             K = load_keys(keys, n0, edge == 1, c)
-            a = x_dot_k(solution, K, c.HALVES, c.HALVES, c)
+            a = x_dot_k(solution, K, c.HALVES, c.CAREFUL_ABOVE < float("inf"), c)
             w = weights(rows, K, n0, keys, edge == 1, c)
             total += tl.sum(w * (a + a0[:, None]), 1)
             if c.EXACT:
@@ -190,8 +190,9 @@ def forward_kernel(
 ):
     """SPLIT_BELOW: the weights of kbar and of the solve's products are hi + lo in hard rows, see ``is_hard``.
 
-    LOW_ABOVE: the low half of x is used if it moves some kc.x by more than this. CAREFUL_ABOVE (inf: never): if the
-    rest of x beyond the halves does so, it is used, and the a_ij are made to sum to 1.
+    LOW_ABOVE: the low half of x is used if it moves some kc.x by more than this. CAREFUL_ABOVE (inf: never): so is the
+    rest of x beyond the halves. BALANCED_ABOVE (inf: never): the a_ij of a row are made to sum to 1 if |x.kbar| is
+    larger, or if the rest is used.
     """
     at = query_program(order, T, c)
     if c.CUT:
@@ -251,11 +252,26 @@ def forward_kernel(
     if c.CAREFUL_ABOVE < float("inf"):
         rest = as_operand(-x - used, Q.dtype, c.PRECISION)
         careful = matters(rest, scale2, c.CAREFUL_ABOVE)
-        used += tl.where(careful, rest.to(tl.float32), 0.0)
+        rest = tl.where(careful, rest, 0.0).to(Q.dtype)
+        used += rest.to(tl.float32)
     near = -tl.sum(used * kbar, 1)
     a0 = 1.0 + near
     if c.EXACT:
         a0 = -mean_with(zeros, rows, keys, Solution(hi, lo, rest, near, zeros), c)
+    a0_of_halves = a0
+    if c.BALANCED_ABOVE < float("inf"):
+        large = tl.abs(near) > c.BALANCED_ABOVE
+        if some(large | careful):
+            mean = mean_with(a0, rows, keys, Solution(hi, lo, rest, near, a0), c)
+            a0 = tl.where(large | careful, a0 + (1.0 - mean), a0)
+        a0_of_halves = a0
+        if c.CAREFUL_ABOVE < float("inf"):  # the backward pass uses no rest of x, so its products are rounded otherwise
+            if careful:
+                a0_of_halves += tl.sum(rest.to(tl.float32) * kbar, 1)
+                if some(large):
+                    halves = Solution(hi, lo, tl.zeros_like(rest), near, a0)
+                    mean = mean_with(a0_of_halves, rows, keys, halves, c)
+                    a0_of_halves = tl.where(large, a0_of_halves + (1.0 - mean), a0_of_halves)
     damping = total / (total + c.DELTA_EPS * (1.0 + tl.sum(m * x, 1)))
 
     store_rows(lse_ptr + row_base, lse, m0, stop, c.HEADS, c.BM)
@@ -264,8 +280,8 @@ def forward_kernel(
     if c.EXACT:
         store_rows(lse_rest_ptr + row_base, lse_rest, m0, stop, c.HEADS, c.BM)
         store_rows(near_ptr + row_base, near, m0, stop, c.HEADS, c.BM)
-    if c.EXACT:
-        store_rows(a0_ptr + row_base, a0, m0, stop, c.HEADS, c.BM)
+    if c.EXACT or (c.BALANCED_ABOVE < float("inf")):
+        store_rows(a0_ptr + row_base, a0_of_halves, m0, stop, c.HEADS, c.BM)
     store_rows(damping_ptr + row_base, damping, m0, stop, c.HEADS, c.BM)
     store_rows(omega_ptr + row_base, omega, m0, stop, c.HEADS, c.BM)
     store_rows(iterations_ptr + row_base, solved.iterations, m0, stop, c.HEADS, c.BM)
@@ -274,16 +290,11 @@ def forward_kernel(
     store_rows(converged_ptr + row_base, solved.converged, m0, stop, c.HEADS, c.BM)
 
     solution = Solution(hi, lo, rest, near, a0)
-    a0_without_rest = a0  # for the backward pass, whose x has no rest
     if careful:
-        a0 += 1.0 - mean_with(a0, rows, keys, solution, c)
-        a0_without_rest = a0 + tl.sum(rest.to(tl.float32) * kbar, 1)
-        out = output(rows, keys, Solution(hi, lo, rest, near, a0), c.HALVES, c.CAREFUL_ABOVE < float("inf"), c)
+        out = output(rows, keys, solution, c.HALVES, c.CAREFUL_ABOVE < float("inf"), c)
     elif with_low:
         out = output(rows, keys, solution, c.HALVES, False, c)
     else:
         out = output(rows, keys, solution, False, False, c)
-    if c.CAREFUL_ABOVE < float("inf"):
-        store_rows(a0_ptr + row_base, a0_without_rest, m0, stop, c.HEADS, c.BM)
     base = head_base(o, batch, T, head, c.HEADS, c.DV)
     store_tile(base, out * damping[:, None], m0, stop, c.HEADS * c.DV, c.DV, c.BM, c.DVP)

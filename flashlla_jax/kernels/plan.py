@@ -41,7 +41,8 @@ class Arithmetic(NamedTuple):
     halves: bool  # x and u as hi + lo
     split_below: float  # weights too, where lambda < split_below * (variance of a key's feature) / sqrt(omega)
     low_above: float  # the low half of x is used where it moves kc.x by more than this
-    careful_above: float  # what the halves leave of x is, too, and the output's weights made to sum to 1
+    careful_above: float  # what the halves leave of x is used in the forward pass, where it does
+    balanced_above: float  # the |x.kbar| above which the a_ij of a row are made to sum to 1
     forward_tau: float  # the stop: |r|^2 <= tau lambda x.Ax
     backward_tau: float
     hard_tau: float  # tau of a hard row, in units of the others'
@@ -165,12 +166,12 @@ def refusal(query: Any, value: Any) -> str | None:
 def _arithmetic(dtype: jnp.dtype, precision: lax.Precision) -> Arithmetic:
     if dtype == jnp.bfloat16 and precision != lax.Precision.HIGHEST:
         if precision == lax.Precision.HIGH:
-            return Arithmetic(False, "tf32", True, math.inf, 0.0, 1e-4, 1e-7, 1e-8, 1.0, True)
-        return Arithmetic(False, "tf32", True, 0.3, 1e-3, math.inf, 1.5e-5, 6e-6, 0.05, True)
+            return Arithmetic(False, "tf32", True, math.inf, 0.0, 1e-4, 512.0, 1e-7, 1e-8, 1.0, True)
+        return Arithmetic(False, "tf32", True, 0.3, 1e-3, math.inf, 2048.0, 1.5e-5, 6e-6, 0.05, True)
     if precision == lax.Precision.DEFAULT:
-        return Arithmetic(True, "tf32", True, 0.0, 0.0, math.inf, 1e-7, 1e-7, 1.0, False)
+        return Arithmetic(True, "tf32", True, 0.0, 0.0, math.inf, math.inf, 1e-7, 1e-7, 1.0, False)
     name, tau = ("tf32x3", 1e-12) if precision == lax.Precision.HIGH else ("ieee", 1e-13)
-    return Arithmetic(True, name, False, 0.0, 0.0, math.inf, tau, tau, 1.0, False)
+    return Arithmetic(True, name, False, 0.0, 0.0, math.inf, math.inf, tau, tau, 1.0, False)
 
 
 def capability_here() -> int:

@@ -117,6 +117,50 @@ def products_in_order() -> Iterator[None]:
         yield
 
 
+def _wide(x: Any) -> np.ndarray:
+    """A tensor's numbers in float64; the interpreter keeps bfloat16 as its bits."""
+    return (x.data.view(ml_dtypes.bfloat16) if x.dtype.scalar == tl.bfloat16 else x.data).astype(np.float64)
+
+
+@contextmanager
+def tensor_cores(bits: int = 26) -> Iterator[None]:
+    """bfloat16, and its products summed as a GPU of Hopper's generation does, as far as its results tell.
+
+    Sixteen products and the sum so far are cut to ``bits`` bits of the largest of them, and their sum to 24.
+    """
+    builder = interpreter.InterpreterBuilder
+    original = builder.cast_impl
+
+    def get_bf16(self: Any, value: float) -> Any:
+        return interpreter.TensorHandle(np.array([value], ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
+
+    def cast(self: Any, x: Any, dtype: Any) -> Any:
+        source, target = x.dtype.scalar, dtype.scalar
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return interpreter.TensorHandle(_wide(x).astype(np.float32), target)
+        if (source, target) == (tl.float32, tl.bfloat16):  # to the nearest, which the interpreter does not
+            return interpreter.TensorHandle(x.data.astype(ml_dtypes.bfloat16).view(np.uint16), target)
+        return original(self, x, dtype)
+
+    def cut(x: np.ndarray, largest: np.ndarray, kept: int) -> np.ndarray:
+        unit = np.exp2(np.floor(np.log2(np.where(largest > 0, largest, 1))) + 1 - kept)
+        return np.trunc(x / unit) * unit
+
+    def dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        left, right, total = _wide(a), _wide(b), _wide(d)
+        for i in range(0, left.shape[1], 16):
+            terms = np.concatenate([left.T[i : i + 16, :, None] * right[i : i + 16, None, :], total[None]])
+            total = cut(terms, np.abs(terms).max(0), bits).sum(0)
+            total = cut(total, np.abs(total), 24)
+        return interpreter.TensorHandle(total.astype(np.float32), d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "get_bf16", get_bf16, raising=False)
+        patch.setattr(builder, "cast_impl", cast)
+        patch.setattr(builder, "create_dot", dot)
+        yield
+
+
 def call(
     kernel: Any,
     grid: int,
@@ -145,6 +189,3 @@ def call(
             return tuple(inner for inner, _ in guarded)
 
     return tuple(jax.pure_callback(host, out_shapes, *arrays, vmap_method="sequential"))
-
-
-assert ml_dtypes  # registers bfloat16 with NumPy
