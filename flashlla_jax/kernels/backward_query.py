@@ -25,6 +25,7 @@ from flashlla_jax.kernels.tiles import (
     load_tile,
     load_values,
     one_column,
+    one_key_dominates,
     query_program,
     rounded_product,
     some,
@@ -244,8 +245,9 @@ def query_kernel(
     g0 = tl.sum(G.to(tl.float32) * value_centre(intervals, keys, c)[None, :], 1)
     parts = 1
     refined = omega > 0.0
-    if not c.UPCAST:  # if one key holds a quarter of the weight, or so few keys are seen that this is cheap
-        refined = refined & ((omega < 4.0) | (keys.tiles.wholes + keys.tiles.edges <= 4))
+    if not c.UPCAST:  # where it matters, or so few keys are seen that this is cheap
+        few = keys.tiles.wholes + keys.tiles.edges <= 4
+        refined = one_key_dominates(omega) | (refined & few)
         if c.SPLIT_BELOW != float("inf"):  # else both parts of y are gathered at once
             parts = 1 + some(hard).to(tl.int32)
     kbar, y, gbar = right_hand_side(rows, G, g0, keys, hard, refined, parts, c.SPLIT_BELOW == float("inf"), c)

@@ -140,6 +140,15 @@ def mean_with(a0, rows, keys, solution, c: tl.constexpr):
 
 
 @triton.jit
+def balanced(a0, chosen, rows, keys, solution, c: tl.constexpr):
+    """a0, moved in the chosen rows so that their a_ij sum to 1."""
+    if some(chosen):
+        mean = mean_with(a0, rows, keys, solution, c)
+        a0 = tl.where(chosen, a0 + (1.0 - mean), a0)
+    return a0
+
+
+@triton.jit
 def output(rows, keys, solution, LOW: tl.constexpr, REST: tl.constexpr, c: tl.constexpr):
     """sum_j p_ij a_ij v_j."""
     acc = tl.zeros((c.BM, c.DVP), tl.float32)
@@ -258,20 +267,15 @@ def forward_kernel(
     a0 = 1.0 + near
     if c.EXACT:
         a0 = -mean_with(zeros, rows, keys, Solution(hi, lo, rest, near, zeros), c)
-    a0_of_halves = a0
+    large = tl.abs(near) > c.BALANCED_ABOVE
     if c.BALANCED_ABOVE < float("inf"):
-        large = tl.abs(near) > c.BALANCED_ABOVE
-        if some(large | careful):
-            mean = mean_with(a0, rows, keys, Solution(hi, lo, rest, near, a0), c)
-            a0 = tl.where(large | careful, a0 + (1.0 - mean), a0)
-        a0_of_halves = a0
-        if c.CAREFUL_ABOVE < float("inf"):  # the backward pass uses no rest of x, so its products are rounded otherwise
-            if careful:
-                a0_of_halves += tl.sum(rest.to(tl.float32) * kbar, 1)
-                if some(large):
-                    halves = Solution(hi, lo, tl.zeros_like(rest), near, a0)
-                    mean = mean_with(a0_of_halves, rows, keys, halves, c)
-                    a0_of_halves = tl.where(large, a0_of_halves + (1.0 - mean), a0_of_halves)
+        a0 = balanced(a0, large | careful, rows, keys, Solution(hi, lo, rest, near, a0), c)
+    a0_of_halves = a0
+    if c.CAREFUL_ABOVE < float("inf"):  # the backward pass uses no rest of x, so its products are rounded otherwise
+        if careful:
+            a0_of_halves += tl.sum(rest.to(tl.float32) * kbar, 1)
+            halves = Solution(hi, lo, tl.zeros_like(rest), near, a0)
+            a0_of_halves = balanced(a0_of_halves, large, rows, keys, halves, c)
     damping = total / (total + c.DELTA_EPS * (1.0 + tl.sum(m * x, 1)))
 
     store_rows(lse_ptr + row_base, lse, m0, stop, c.HEADS, c.BM)

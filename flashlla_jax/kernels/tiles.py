@@ -340,6 +340,12 @@ def key_scale(keys, c: tl.constexpr):
 
 
 @triton.jit
+def one_key_dominates(omega):
+    """Whether one key of a row holds a quarter of the weight; omega is one over the largest weight's share."""
+    return (omega < 4.0) & (omega > 0.0)
+
+
+@triton.jit
 def is_hard(lam, omega, scale2, c: tl.constexpr):
     """Whether rounding the weights of a row to 8 bits would show in its solution.
 
@@ -347,7 +353,7 @@ def is_hard(lam, omega, scale2, c: tl.constexpr):
     The ridge has to be large beside that share of the covariance. If one key holds a quarter of the weight, the
     covariance of the tile's keys says little of the row's own.
     """
-    return ((lam * tl.sqrt(omega) < c.SPLIT_BELOW * scale2) | (omega < 4.0)) & (omega > 0.0)
+    return (lam * tl.sqrt(omega) < c.SPLIT_BELOW * scale2) & (omega > 0.0) | one_key_dominates(omega)
 
 
 @triton.jit

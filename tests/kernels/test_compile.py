@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,11 +109,13 @@ SPILLS = {
         128: {"forward": 1988, "query": 5044, "key": 168},
     },
     (90, "bfloat16", "default", "window"): {64: {"forward": 620, "query": 696}},
-    # the key kernel by Triton 3.6; 112 by 3.8
-    (90, "bfloat16", "default", "segments"): {64: {"query": 2184, "key": 408}},
     # two kinds of loads more, and a pipeline for the compared tiles too
     (80, "float32", "default", "mask"): {64: {"forward": 1208, "query": 1736, "key": 20}},
 }
+
+
+# What Triton 3.6 makes of some.
+SPILLS_BY_TRITON_3_6 = {(90, "bfloat16", "default", "segments"): {64: {"query": 2184, "key": 408}}}
 
 
 @cache
@@ -234,7 +237,8 @@ def test_fits(entry: Entry, report: Callable[[Entry], Report]) -> None:
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.capability < 100], ids=str)
 def test_spills_no_more_than_known(entry: Entry, report: Callable[[Entry], Report]) -> None:
     usual = (entry.capability, entry.dtype, entry.precision)
-    known = SPILLS.get((*usual, entry.hidden), SPILLS[usual])[entry.dim][entry.kernel]
+    table = SPILLS | (SPILLS_BY_TRITON_3_6 if version("triton").startswith("3.6.") else {})
+    known = table.get((*usual, entry.hidden), table[usual])[entry.dim][entry.kernel]
     assert report(entry).spill_stores <= 1.25 * known + 64, report(entry).log
 
 
