@@ -64,11 +64,14 @@ def _program(item: pytest.Item) -> str:
     return ":".join([item.nodeid.split("[")[0], *map(str, static.values())])
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What shares a program or a fixture goes to one process (``--dist loadgroup``); GPU tests run only by ``-m gpu``.
 
     So a program is compiled once, which takes half a minute for some. The classes of shared cases are long and their
     programs are many, so they are divided by program. All other tests of a file stay together.
+
+    This has to come before pytest-xdist's hook of the same name, which reads the groups.
     """
     of_a_gpu = _asks_for_a_gpu(config)
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -32,6 +32,13 @@ def run(code: str) -> str:
     return done.stdout
 
 
+def test_pytest_xdist_knows_the_groups(request: pytest.FixtureRequest) -> None:
+    """It marks them in a test's name. Without them each process compiles every program."""
+    if "PYTEST_XDIST_WORKER" not in os.environ or request.config.getoption("dist") != "loadgroup":
+        pytest.skip("needs -n and --dist loadgroup")
+    assert "@" in request.node.nodeid
+
+
 def test_runs_without_triton() -> None:
     """Triton is built for Linux only: without it and jax-triton the package imports, and a forward pass runs."""
     code = """

@@ -8,6 +8,7 @@ the kernel takes. Runs without a GPU.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
@@ -208,13 +209,14 @@ def compile_call(kernel: Any, arrays: Any, out_shapes: Any, shape: Any, constant
 
 
 def workers() -> ProcessPoolExecutor:
-    """Two processes that are started anew: a fork of one with JAX's threads may hang."""
-    return ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), prepare)
+    """Two processes, more on many cores, that are started anew: a fork of one with JAX's threads may hang."""
+    processes = max(2, len(os.sched_getaffinity(0)) // 2)
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), prepare)
 
 
 @pytest.fixture(scope="module")
 def report(request: pytest.FixtureRequest) -> Iterator[Callable[[Entry], Report]]:
-    """Compiles the entries of the selected tests, two at a time, each once."""
+    """Compiles the entries of the selected tests, some at a time, each once."""
     items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
     params = [item.callspec.params for item in items if hasattr(item, "callspec")]
     entries = dict.fromkeys(p["entry"] for p in params if "entry" in p)
