@@ -58,10 +58,13 @@ def _compile_quickly() -> None:
 
 
 def _program(item: pytest.Item) -> str:
-    """A test and what of its parameters changes the program: kinds of keys, ridges and what is hidden are arrays."""
-    params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
-    static = {name: value for name, value in (params or {}).items() if name not in ("kind", "ridge", "name")}
-    return ":".join([item.nodeid.split("[")[0], *map(str, static.values())])
+    """A test and what of its parameters changes the program: kinds of keys, ridges and what is hidden are arrays.
+
+    Parameters by their place in the list: every process has to find the same name, and not all values print alike.
+    """
+    places = item.callspec.indices if hasattr(item, "callspec") else {}  # type: ignore[attr-defined]
+    static = [f"{name}{place}" for name, place in places.items() if name not in ("kind", "ridge", "name")]
+    return ":".join([item.nodeid.split("[")[0], *static])
 
 
 @pytest.hookimpl(tryfirst=True)
