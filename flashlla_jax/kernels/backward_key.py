@@ -43,6 +43,7 @@ class Queries(NamedTuple):
     g: tl.tensor
     x_hi: tl.tensor
     x_lo: tl.tensor
+    x_rest: tl.tensor
     u_hi: tl.tensor
     u_lo: tl.tensor
     lse_a0: tl.tensor
@@ -57,8 +58,11 @@ class Queries(NamedTuple):
 
 
 @triton.jit
-def with_low_halves(a, b, K, queries, m0, RAGGED: tl.constexpr, c: tl.constexpr):
-    """a and b with the products of K and the low halves of x and u added."""
+def with_low_parts(a, b, K, queries, m0, PARTS: tl.constexpr, RAGGED: tl.constexpr, c: tl.constexpr):
+    """a and b with the products of K and all but the first parts of x and u added, the smallest first."""
+    if PARTS > 2:
+        X_rest = load_queries(queries.x_rest, m0, queries.visible.T, RAGGED, c)
+        a = tl.dot(K, tl.trans(X_rest), acc=a, input_precision=c.PRECISION)
     X_lo = load_queries(queries.x_lo, m0, queries.visible.T, RAGGED, c)
     U_lo = load_queries(queries.u_lo, m0, queries.visible.T, RAGGED, c)
     a = tl.dot(K, tl.trans(X_lo), acc=a, input_precision=c.PRECISION)
@@ -67,7 +71,7 @@ def with_low_halves(a, b, K, queries, m0, RAGGED: tl.constexpr, c: tl.constexpr)
 
 
 @triton.jit
-def key_gradients(dk, dk_u, dv, at, queries, LOW: tl.constexpr, c: tl.constexpr):
+def key_gradients(dk, dk_u, dv, at, queries, PARTS: tl.constexpr, c: tl.constexpr):
     """dk, the part of it that u makes, and dv, with the share of the queries of one head added.
 
     Tiles are (BN, BM), keys by queries: the weights are then the left operand of the products that gather dk and dv, as
@@ -100,12 +104,12 @@ def key_gradients(dk, dk_u, dv, at, queries, LOW: tl.constexpr, c: tl.constexpr)
             else:
                 a = tl.zeros((c.BN, c.BM), tl.float32)
                 b = tl.dot(at.V, tl.trans(G), input_precision=c.PRECISION)
-                if LOW and not c.UPCAST:  # in the order of the other kernels: a0 makes up for the rounding of that sum
-                    a, b = with_low_halves(a, b, K, queries, m0, whole == 0, c)
+                if PARTS > 1 and not c.UPCAST:  # in the order of the other kernels: a0 makes up for the rounding of that sum
+                    a, b = with_low_parts(a, b, K, queries, m0, PARTS, whole == 0, c)
                 a = tl.dot(K, tl.trans(X), acc=a, input_precision=c.PRECISION)
                 b = tl.dot(K, tl.trans(U), acc=b, input_precision=c.PRECISION)
-            if LOW and c.UPCAST:  # before the large halves it would be three times the spills
-                a, b = with_low_halves(a, b, K, queries, m0, whole == 0, c)
+            if PARTS > 1 and c.UPCAST:  # before the first parts it would be three times the spills
+                a, b = with_low_parts(a, b, K, queries, m0, PARTS, whole == 0, c)
             s = log_weights(as_logits(s, c), lse[None, :], lse_rest[None, :], c)
             if whole == 0:
                 intervals = load_intervals(queries.visible, m0, c)
@@ -140,6 +144,7 @@ def key_kernel(
     origins,
     x_hi_ptr,
     x_lo_ptr,
+    x_rest_ptr,
     u_hi_ptr,
     u_lo_ptr,
     g,
@@ -147,7 +152,7 @@ def key_kernel(
     b0_c0_ptr,
     nears_ptr,
     lse_rest_ptr,
-    low_ptr,
+    more_ptr,
     T,
     S,
     dk_ptr,
@@ -174,6 +179,7 @@ def key_kernel(
             head_base(g, batch, T, head, c.HEADS, c.DV),
             head_base(x_hi_ptr, batch, T, head, c.HEADS, c.D),
             head_base(x_lo_ptr, batch, T, head, c.HEADS, c.D),
+            head_base(x_rest_ptr, batch, T, head, c.HEADS, c.D),
             head_base(u_hi_ptr, batch, T, head, c.HEADS, c.D),
             head_base(u_lo_ptr, batch, T, head, c.HEADS, c.D),
             lse_a0_ptr + pairs,
@@ -186,18 +192,18 @@ def key_kernel(
             seen_by,
             visible_to(start, end, query_ids, key_ids, mask, order + row * tl.cdiv(T, c.BM), batch, head, T, S, c),
         )
-        flagged = 0  # whether some query that may see these keys has a low half of x
-        if c.HALVES:
+        flagged = 0  # whether the last part of x matters for some query that may see these keys
+        if c.PARTS > 1:
             row_base = batch.to(tl.int64) * T * c.HEADS + head
             last = tl.minimum((seen_by.low + seen_by.edges + seen_by.wholes) * c.BM, T)
             if c.MASK:
                 last = T
             for first in range(0 if c.MASK else seen_by.low * c.BM, last, FLAGS):
-                flagged = tl.maximum(flagged, tl.max(load_rows(low_ptr + row_base, first, T, c.HEADS, FLAGS, 0), 0))
+                flagged = tl.maximum(flagged, tl.max(load_rows(more_ptr + row_base, first, T, c.HEADS, FLAGS, 0), 0))
         if flagged > 0:
-            dk, dk_u, dv = key_gradients(dk, dk_u, dv, at, queries, c.HALVES, c)
+            dk, dk_u, dv = key_gradients(dk, dk_u, dv, at, queries, c.PARTS, c)
         else:
-            dk, dk_u, dv = key_gradients(dk, dk_u, dv, at, queries, False, c)
+            dk, dk_u, dv = key_gradients(dk, dk_u, dv, at, queries, c.FEWEST_PARTS, c)
     store_tile(
         head_base(dk_ptr, batch, S, kv_head, c.KV_HEADS, c.D), dk + dk_u, n0, S, c.KV_HEADS * c.D, c.D, c.BN, c.DP
     )

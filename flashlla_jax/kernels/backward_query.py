@@ -40,13 +40,14 @@ from flashlla_jax.kernels.visible import key_tile, load_intervals, visible_to_qu
 
 
 class Solutions(NamedTuple):
-    """x and u negated, as hi + lo, and the numbers of a row: a = a0 + x.k, b = b0 + g.v + u.k, c0 = lambda u.x.
+    """x and u negated, in parts, and the numbers of a row: a = a0 + x.k, b = b0 + g.v + u.k, c0 = lambda u.x.
 
     EXACT: a = 1 + (a0 + (near_x + x.k)), b = b0 + (near_u + u.k + g.v), the sums in this order.
     """
 
     x_hi: tl.tensor
     x_lo: tl.tensor
+    x_rest: tl.tensor
     u_hi: tl.tensor
     u_lo: tl.tensor
     near_x: tl.tensor
@@ -82,7 +83,7 @@ def rounded_by_hand(t, dtype: tl.constexpr):
 
 @triton.jit
 def right_hand_side(rows, G, g0, keys, hard, refined, parts, SPLIT: tl.constexpr, c: tl.constexpr):
-    """kbar again (cheaper than keeping it), y = sum_j p_ij (gamma_ij - gbar_i) kc_ij, and gbar.
+    """kbar again (cheaper than keeping it), y = sum_j p_ij (gamma_ij - gbar_i) kc_ij, gbar, and gamma's variance.
 
     y's weights are rounded like gamma - g0, so g0 ought to be near gbar. A first pass finds it, if some rows are to be
     ``refined``. Without it their y would be the difference of two large sums: if nearly all the weight is on one key, y
@@ -90,12 +91,15 @@ def right_hand_side(rows, G, g0, keys, hard, refined, parts, SPLIT: tl.constexpr
 
     The last ``parts`` (1 or 2) passes gather both: the weights as rounded to bfloat16, and in hard rows the remainder.
     (A choice between two loops would be faster than two passes, but then ptxas serialises the wgmma of both: C7515.)
+
+    The variance is found if CORRECTED_BELOW asks for it.
     """
     acc_k = tl.zeros((c.BM, c.DP), tl.float32)
     sums_k = tl.zeros((c.BM, 16), tl.float32)
     acc_y = tl.zeros((c.BM, c.DP), tl.float32)
     sums_y = tl.zeros((c.BM, 16), tl.float32)
     excess = tl.zeros((c.BM,), tl.float32)
+    squares = tl.zeros((c.BM,), tl.float32)
     left = tl.where(hard, 1.0, 0.0)
     moved = tl.where(refined, 1.0, 0.0)
     refine = some(refined).to(tl.int32)
@@ -103,6 +107,7 @@ def right_hand_side(rows, G, g0, keys, hard, refined, parts, SPLIT: tl.constexpr
         gathered = tl.where(part > refine, 1.0, 0.0)  # an earlier part of y is kept
         g0 += excess * moved * (1.0 - gathered)
         excess *= gathered
+        squares *= gathered
         acc_k *= gathered
         sums_k *= gathered
         acc_y *= gathered
@@ -114,8 +119,11 @@ def right_hand_side(rows, G, g0, keys, hard, refined, parts, SPLIT: tl.constexpr
                 K = load_keys(keys, n0, edge == 1, c)
                 V = load_values(keys, n0, edge == 1, c)
                 w = weights(rows, K, n0, keys, edge == 1, c)
-                t = w * (tl.dot(G, tl.trans(V), input_precision=c.PRECISION) - g0[:, None])
+                gamma = tl.dot(G, tl.trans(V), input_precision=c.PRECISION) - g0[:, None]
+                t = w * gamma
                 excess += tl.sum(t, 1)
+                if c.CORRECTED_BELOW > 0.0:
+                    squares += tl.sum(t * gamma, 1)
                 if not c.UPCAST and not SPLIT:
                     near = rounded_by_hand(t, K.dtype)
                     t = tl.where(part > refine, (t - near) * left[:, None], near)
@@ -127,7 +135,42 @@ def right_hand_side(rows, G, g0, keys, hard, refined, parts, SPLIT: tl.constexpr
     kbar = acc_k / tl.where(total == 0.0, 1.0, total)[:, None]  # 0 for a query that sees no key
     excess = excess / parts
     # excess * 0: a NaN, which rounding by hand may lose
-    return kbar, acc_y - one_column(sums_y)[:, None] * kbar + (excess * 0.0)[:, None], g0 + excess
+    y = acc_y - one_column(sums_y)[:, None] * kbar + (excess * 0.0)[:, None]
+    return kbar, y, g0 + excess, squares / parts - excess * excess
+
+
+@triton.jit
+def corrected(u, needed, rows, G, gbar, keys, hard, c: tl.constexpr):
+    """u and gbar with one step of iterative refinement in the rows that need it.
+
+    The b_ij may be 1e-4 of gamma: if few keys have all the weight, the regression goes through their gamma. Then the
+    rounding of y's weights, and of those of the solve's products, is 1e-2 of them. What the normal equations leave is
+    gathered from the b_ij themselves, so that it is rounded like these: sum_j p_ij b_ij kc_ij - lambda u. A few digits
+    of the correction will do. By definition the b_ij have a mean of 0; gbar takes up what they have.
+    """
+    hi = as_operand(-u, rows.Q.dtype, c.PRECISION)
+    lo = as_operand(-u - hi.to(tl.float32), rows.Q.dtype, c.PRECISION)
+    used = hi.to(tl.float32) + lo.to(tl.float32)
+    b0 = -tl.sum(used * rows.kbar, 1) - gbar
+    mean = tl.zeros((c.BM,), tl.float32)
+    acc = tl.zeros((c.BM, c.DP), tl.float32)
+    sums = tl.zeros((c.BM, 16), tl.float32)
+    for edge in tl.static_range(2):
+        count = keys.tiles.edges if edge else keys.tiles.wholes
+        for i in tl.range(0, count, num_stages=c.EDGE_STAGES if edge else c.STAGES):
+            n0 = key_tile(keys, i, edge == 1, c)
+            K = load_keys(keys, n0, edge == 1, c)
+            V = load_values(keys, n0, edge == 1, c)
+            w = weights(rows, K, n0, keys, edge == 1, c)
+            b = tl.dot(G, tl.trans(V), input_precision=c.PRECISION)
+            b = tl.dot(lo, tl.trans(K), acc=b, input_precision=c.PRECISION)
+            b = tl.dot(hi, tl.trans(K), acc=b, input_precision=c.PRECISION)
+            pb = w * (b + b0[:, None])
+            mean += tl.sum(pb, 1)
+            acc, sums = rounded_product(pb, K, acc, sums, True, c.PRECISION)
+    left = acc - one_column(sums)[:, None] * rows.kbar + rows.lam[:, None] * used
+    correction = solve(tl.where(needed[:, None], left, 0.0), rows, keys, hard, c, SLACK=1e4).x
+    return tl.where(needed[:, None], correction - used, u), tl.where(needed, gbar + mean, gbar)
 
 
 @triton.jit
@@ -149,7 +192,7 @@ def mean_of_b(rows, G, keys, solutions, c: tl.constexpr):
 
 
 @triton.jit
-def query_gradient(rows, G, keys, solutions, LOW: tl.constexpr, c: tl.constexpr):
+def query_gradient(rows, G, keys, solutions, PARTS: tl.constexpr, c: tl.constexpr):
     """sum_j ds_ij k_j, the ds_ij summing to 0."""
     acc = tl.zeros((c.BM, c.DP), tl.float32)
     sums = tl.zeros((c.BM, 16), tl.float32)
@@ -166,7 +209,10 @@ def query_gradient(rows, G, keys, solutions, LOW: tl.constexpr, c: tl.constexpr)
                 b = tl.zeros((c.BM, c.BN), tl.float32) + solutions.near_u[:, None]
             else:
                 b = tl.dot(G, tl.trans(V), input_precision=c.PRECISION)
-            if LOW:  # before the large halves, as in the forward pass
+            # the smallest parts come first, as in the forward pass
+            if PARTS > 2:
+                a = tl.dot(solutions.x_rest, tl.trans(K), acc=a, input_precision=c.PRECISION)
+            if PARTS > 1:
                 a = tl.dot(solutions.x_lo, tl.trans(K), acc=a, input_precision=c.PRECISION)
                 b = tl.dot(solutions.u_lo, tl.trans(K), acc=b, input_precision=c.PRECISION)
             a = tl.dot(solutions.x_hi, tl.trans(K), acc=a, input_precision=c.PRECISION)
@@ -195,6 +241,7 @@ def query_kernel(
     origins,
     x_hi_ptr,
     x_lo_ptr,
+    x_rest_ptr,
     lse_ptr,
     lse_rest_ptr,
     near_ptr,
@@ -212,7 +259,7 @@ def query_kernel(
     b0_c0_ptr,
     nears_ptr,
     weight_rest_ptr,
-    low_ptr,
+    more_ptr,
     c: tl.constexpr,
 ):
     """dq, dlambda, and for the key kernel u and four numbers of each row, in two pairs.
@@ -250,9 +297,14 @@ def query_kernel(
         refined = one_key_dominates(omega) | (refined & few)
         if c.SPLIT_BELOW != float("inf"):  # else both parts of y are gathered at once
             parts = 1 + some(hard).to(tl.int32)
-    kbar, y, gbar = right_hand_side(rows, G, g0, keys, hard, refined, parts, c.SPLIT_BELOW == float("inf"), c)
+    split = c.SPLIT_BELOW == float("inf")
+    kbar, y, gbar, variance = right_hand_side(rows, G, g0, keys, hard, refined, parts, split, c)
     rows = Rows(Q, lse, lse_rest, kbar, lam, intervals)
     u = solve(y, rows, keys, hard, c).x
+    if c.CORRECTED_BELOW > 0.0:
+        needed = variance - tl.sum(u * y, 1) < c.CORRECTED_BELOW * variance
+        if some(needed):
+            u, gbar = corrected(u, needed, rows, G, gbar, keys, hard, c)
 
     x_hi = load_queries(head_base(x_hi_ptr, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
     u_hi = as_operand(-u, Q.dtype, c.PRECISION)
@@ -260,17 +312,24 @@ def query_kernel(
     x_used = x_hi.to(tl.float32)
     u_used = u_hi.to(tl.float32)
     x_lo = x_hi
+    x_rest = x_hi
     u_lo = u_hi
-    with_low = False
-    if c.HALVES:
+    more = False  # whether the last part of x matters: the forward pass left it at 0 if not
+    if c.PARTS > 1:
         x_lo = load_queries(head_base(x_lo_ptr, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
         x_used += x_lo.to(tl.float32)
-        # u goes with x: where the forward pass left x's low half at 0, u's is left out too. NaN counts as a low half.
-        with_low = (tl.max(tl.sum(tl.abs(x_lo.to(tl.float32)), 1), 0) <= 0.0) == 0
-        u_lo = as_operand(tl.where(with_low, -u - u_used, 0.0), Q.dtype, c.PRECISION)
+        last = x_lo
+        if c.PARTS == 3:
+            x_rest = load_queries(head_base(x_rest_ptr, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
+            x_used += x_rest.to(tl.float32)
+            last = x_rest
+        more = (tl.max(tl.sum(tl.abs(last.to(tl.float32)), 1), 0) <= 0.0) == 0  # NaN is something
+        u_lo = as_operand(-u - u_used, Q.dtype, c.PRECISION)
+        if c.PARTS == 2:  # u goes with x
+            u_lo = tl.where(more, u_lo, 0.0).to(Q.dtype)
         store_queries(head_base(u_lo_ptr, batch, T, head, c.HEADS, c.D), u_lo, m0, stop, c)
         u_used += u_lo.to(tl.float32)
-        store_rows(low_ptr + row_base, tl.zeros((c.BM,), tl.int32) + with_low.to(tl.int32), m0, stop, c.HEADS, c.BM)
+        store_rows(more_ptr + row_base, tl.zeros((c.BM,), tl.int32) + more.to(tl.int32), m0, stop, c.HEADS, c.BM)
     near_x = -tl.sum(x_used * kbar, 1)
     near_u = -tl.sum(u_used * kbar, 1)
     a0 = 1.0 + near_x
@@ -279,7 +338,7 @@ def query_kernel(
         near_x = load_rows(near_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
         a0 = load_rows(a0_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
         b0 = -gbar
-        b0 -= mean_of_b(rows, G, keys, Solutions(x_hi, x_lo, u_hi, u_lo, near_x, near_u, a0, b0, lam), c)
+        b0 -= mean_of_b(rows, G, keys, Solutions(x_hi, x_lo, x_rest, u_hi, u_lo, near_x, near_u, a0, b0, lam), c)
     elif c.BALANCED_ABOVE < float("inf"):  # as the forward pass found it: so that the a_ij sum to 1
         a0 = load_rows(a0_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
     dlam = -tl.sum(u * x_used, 1)
@@ -298,10 +357,10 @@ def query_kernel(
     store_pairs(lse_a0_ptr + pairs, weight_lse, tl.where(valid, a0, 0.0), at, c)
     store_pairs(b0_c0_ptr + pairs, tl.where(valid, b0, 0.0), tl.where(valid, c0, 0.0), at, c)
 
-    solutions = Solutions(x_hi, x_lo, u_hi, u_lo, near_x, near_u, a0, b0, c0)
-    if with_low:
-        acc = query_gradient(rows, G, keys, solutions, c.HALVES, c)
+    solutions = Solutions(x_hi, x_lo, x_rest, u_hi, u_lo, near_x, near_u, a0, b0, c0)
+    if more:
+        acc = query_gradient(rows, G, keys, solutions, c.PARTS, c)
     else:
-        acc = query_gradient(rows, G, keys, solutions, False, c)
+        acc = query_gradient(rows, G, keys, solutions, c.FEWEST_PARTS, c)
     out = (c.QK_SCALE * acc + u) * damping[:, None]
     store_queries(head_base(dq, batch, T, head, c.HEADS, c.D), out, m0, stop, c)

@@ -22,10 +22,11 @@ class Constants:
         EXACT: it keeps all of float32; so do, then, the differences of large products, see ``tiles.py``.
         UPCAST: tiles are widened to float32 after loading, and keys taken relative to an origin.
         ANCHORED: the keys came relative to their documents' anchors, see ``origin.py``.
-        HALVES: x and u are carried as hi + lo.
+        PARTS, FEWEST_PARTS: x is carried in so many parts, each the rounding of what those before it left, and in so
+            many if the last does not matter: one, hi and lo, or hi, lo and rest. u has hi, and lo if x has it.
         SPLIT_BELOW: so are the weights of a row that is hard by this measure, see ``tiles.is_hard``.
-        LOW_ABOVE: the low half of x is used where it moves some kc.x by more than this.
-        CAREFUL_ABOVE: what the halves leave of x is used, in the forward pass, where it moves some kc.x by more.
+        LAST_ABOVE: the last part of x is used where it moves some kc.x by more than this.
+        CORRECTED_BELOW: u is corrected once in a row where the b_ij keep less than this share of gamma's variance.
         BALANCED_ABOVE: the |x.kbar| above which the a_ij of a row are made to sum to 1, as they are beside the rest.
         FROM_FIRST: every interval starts at key 0.
         IDS: ids are compared inside the intervals.
@@ -56,10 +57,11 @@ class Constants:
     EXACT: bool
     UPCAST: bool
     ANCHORED: bool
-    HALVES: bool
+    PARTS: int
+    FEWEST_PARTS: int
     SPLIT_BELOW: float
-    LOW_ABOVE: float
-    CAREFUL_ABOVE: float
+    LAST_ABOVE: float
+    CORRECTED_BELOW: float
     BALANCED_ABOVE: float
     FROM_FIRST: bool
     IDS: bool

@@ -99,17 +99,19 @@ def mean_of_keys(rows, keys, c: tl.constexpr):
 
 
 @triton.jit
-def x_dot_k(solution, K, LOW: tl.constexpr, REST: tl.constexpr, c: tl.constexpr):
-    """(hi + lo + rest).k_j. The smallest comes first: a large sum cuts off the last digits of a small term.
+def x_dot_k(solution, K, PARTS: tl.constexpr, c: tl.constexpr):
+    """(hi + lo + rest).k_j, or of the first PARTS.
+
+    The smallest comes first: a large sum cuts off the last digits of a small term.
 
     EXACT: the sum begins with ``near``. Then its bits do not depend on the compiler.
     """
     a = tl.zeros((c.BM, c.BN), tl.float32)
     if c.EXACT:
         a += solution.near[:, None]
-    if REST:
+    if PARTS > 2:
         a = tl.dot(solution.rest, tl.trans(K), acc=a, input_precision=c.PRECISION)
-    if LOW:
+    if PARTS > 1:
         a = tl.dot(solution.lo, tl.trans(K), acc=a, input_precision=c.PRECISION)
     return tl.dot(solution.hi, tl.trans(K), acc=a, input_precision=c.PRECISION)
 
@@ -129,7 +131,7 @@ def mean_with(a0, rows, keys, solution, c: tl.constexpr):
         for i in tl.range(0, count, num_stages=c.EDGE_STAGES if edge else c.STAGES):
             n0 = key_tile(keys, i, edge == 1, c)
             K = load_keys(keys, n0, edge == 1, c)
-            a = x_dot_k(solution, K, c.HALVES, c.CAREFUL_ABOVE < float("inf"), c)
+            a = x_dot_k(solution, K, c.PARTS, c)
             w = weights(rows, K, n0, keys, edge == 1, c)
             total += tl.sum(w * (a + a0[:, None]), 1)
             if c.EXACT:
@@ -149,7 +151,7 @@ def balanced(a0, chosen, rows, keys, solution, c: tl.constexpr):
 
 
 @triton.jit
-def output(rows, keys, solution, LOW: tl.constexpr, REST: tl.constexpr, c: tl.constexpr):
+def output(rows, keys, solution, PARTS: tl.constexpr, c: tl.constexpr):
     """sum_j p_ij a_ij v_j."""
     acc = tl.zeros((c.BM, c.DVP), tl.float32)
     for edge in tl.static_range(2):
@@ -159,7 +161,7 @@ def output(rows, keys, solution, LOW: tl.constexpr, REST: tl.constexpr, c: tl.co
             K = load_keys(keys, n0, edge == 1, c)
             V = load_values(keys, n0, edge == 1, c)
             w = weights(rows, K, n0, keys, edge == 1, c)
-            pa = w * with_row(x_dot_k(solution, K, LOW, REST, c), solution.a0[:, None], c)
+            pa = w * with_row(x_dot_k(solution, K, PARTS, c), solution.a0[:, None], c)
             acc = tl.dot(pa.to(V.dtype), V, acc=acc, input_precision=c.PRECISION)
     return acc
 
@@ -184,6 +186,7 @@ def forward_kernel(
     o,
     x_hi,
     x_lo,
+    x_rest,
     lse_ptr,
     lse_rest_ptr,
     near_ptr,
@@ -199,9 +202,8 @@ def forward_kernel(
 ):
     """SPLIT_BELOW: the weights of kbar and of the solve's products are hi + lo in hard rows, see ``is_hard``.
 
-    LOW_ABOVE: the low half of x is used if it moves some kc.x by more than this. CAREFUL_ABOVE (inf: never): so is the
-    rest of x beyond the halves. BALANCED_ABOVE (inf: never): the a_ij of a row are made to sum to 1 if |x.kbar| is
-    larger, or if the rest is used.
+    LAST_ABOVE: the last part of x is used if it moves some kc.x by more than this. BALANCED_ABOVE (inf: never): the
+    a_ij of a row are made to sum to 1 if |x.kbar| is larger, or if the rest is used.
     """
     at = query_program(order, T, c)
     if c.CUT:
@@ -249,33 +251,29 @@ def forward_kernel(
     store_queries(head_base(x_hi, batch, T, head, c.HEADS, c.D), hi, m0, stop, c)
     used = hi.to(tl.float32)
     lo = as_operand(-x - used, Q.dtype, c.PRECISION)
-    with_low = False
-    if c.HALVES:
-        # a low half that does not matter is stored as 0, so that the backward pass uses the same x
-        with_low = matters(lo, scale2, c.LOW_ABOVE)
-        lo = tl.where(with_low, lo, 0.0).to(Q.dtype)
+    rest = lo
+    more = False  # whether the last part matters; if not, it is stored as 0, so that the backward pass uses the same x
+    if c.PARTS == 2:
+        more = matters(lo, scale2, c.LAST_ABOVE)
+        lo = tl.where(more, lo, 0.0).to(Q.dtype)
+    if c.PARTS > 1:
         store_queries(head_base(x_lo, batch, T, head, c.HEADS, c.D), lo, m0, stop, c)
         used += lo.to(tl.float32)
-    rest = lo
-    careful = False
-    if c.CAREFUL_ABOVE < float("inf"):
+    if c.PARTS == 3:
         rest = as_operand(-x - used, Q.dtype, c.PRECISION)
-        careful = matters(rest, scale2, c.CAREFUL_ABOVE)
-        rest = tl.where(careful, rest, 0.0).to(Q.dtype)
+        more = matters(rest, scale2, c.LAST_ABOVE)
+        rest = tl.where(more, rest, 0.0).to(Q.dtype)
+        store_queries(head_base(x_rest, batch, T, head, c.HEADS, c.D), rest, m0, stop, c)
         used += rest.to(tl.float32)
     near = -tl.sum(used * kbar, 1)
     a0 = 1.0 + near
     if c.EXACT:
         a0 = -mean_with(zeros, rows, keys, Solution(hi, lo, rest, near, zeros), c)
-    large = tl.abs(near) > c.BALANCED_ABOVE
     if c.BALANCED_ABOVE < float("inf"):
-        a0 = balanced(a0, large | careful, rows, keys, Solution(hi, lo, rest, near, a0), c)
-    a0_of_halves = a0
-    if c.CAREFUL_ABOVE < float("inf"):  # the backward pass uses no rest of x, so its products are rounded otherwise
-        if careful:
-            a0_of_halves += tl.sum(rest.to(tl.float32) * kbar, 1)
-            halves = Solution(hi, lo, tl.zeros_like(rest), near, a0)
-            a0_of_halves = balanced(a0_of_halves, large, rows, keys, halves, c)
+        chosen = tl.abs(near) > c.BALANCED_ABOVE
+        if c.PARTS == 3:
+            chosen = chosen | more
+        a0 = balanced(a0, chosen, rows, keys, Solution(hi, lo, rest, near, a0), c)
     damping = total / (total + c.DELTA_EPS * (1.0 + tl.sum(m * x, 1)))
 
     store_rows(lse_ptr + row_base, lse, m0, stop, c.HEADS, c.BM)
@@ -285,7 +283,7 @@ def forward_kernel(
         store_rows(lse_rest_ptr + row_base, lse_rest, m0, stop, c.HEADS, c.BM)
         store_rows(near_ptr + row_base, near, m0, stop, c.HEADS, c.BM)
     if c.EXACT or (c.BALANCED_ABOVE < float("inf")):
-        store_rows(a0_ptr + row_base, a0_of_halves, m0, stop, c.HEADS, c.BM)
+        store_rows(a0_ptr + row_base, a0, m0, stop, c.HEADS, c.BM)
     store_rows(damping_ptr + row_base, damping, m0, stop, c.HEADS, c.BM)
     store_rows(omega_ptr + row_base, omega, m0, stop, c.HEADS, c.BM)
     store_rows(iterations_ptr + row_base, solved.iterations, m0, stop, c.HEADS, c.BM)
@@ -294,11 +292,9 @@ def forward_kernel(
     store_rows(converged_ptr + row_base, solved.converged, m0, stop, c.HEADS, c.BM)
 
     solution = Solution(hi, lo, rest, near, a0)
-    if careful:
-        out = output(rows, keys, solution, c.HALVES, c.CAREFUL_ABOVE < float("inf"), c)
-    elif with_low:
-        out = output(rows, keys, solution, c.HALVES, False, c)
+    if more:
+        out = output(rows, keys, solution, c.PARTS, c)
     else:
-        out = output(rows, keys, solution, False, False, c)
+        out = output(rows, keys, solution, c.FEWEST_PARTS, c)
     base = head_base(o, batch, T, head, c.HEADS, c.DV)
     store_tile(base, out * damping[:, None], m0, stop, c.HEADS * c.DV, c.DV, c.BM, c.DVP)

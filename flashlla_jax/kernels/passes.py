@@ -28,8 +28,9 @@ ORIGIN_ROWS = 32  # queries that share an origin of the keys: kernels/tiles.py, 
 class Saved(NamedTuple):
     """What the backward pass needs beside the inputs."""
 
-    x_hi: Array  # -x, and what rounding it left
+    x_hi: Array  # -x, what rounding it left, and what rounding that left
     x_lo: Array
+    x_rest: Array
     lse: Array  # log2 of the softmax normaliser, of the keys relative to their origin (kernels/tiles.py, Rows)
     lse_rest: Array  # these three only where products keep all of float32
     near: Array  # kernels/forward.py, Solution; a0 also at HIGH
@@ -85,10 +86,10 @@ class Problem(NamedTuple):
         """A number per query and head where products keep all of float32."""
         return self.row_if(self.plan.arithmetic.exact)
 
-    def solution(self, low: bool = False) -> jax.ShapeDtypeStruct:
-        """x or u, or a low half of it: one element where there is none."""
+    def solution(self, part: int = 1) -> jax.ShapeDtypeStruct:
+        """A part of x or u: one element where there is none."""
         batch, T, _, heads, _, dim, _ = self.shape
-        whole = not low or self.plan.arithmetic.halves
+        whole = part <= self.plan.arithmetic.parts
         return jax.ShapeDtypeStruct((batch, T, heads, dim) if whole else (batch, 1, 1, 1), self.wide)
 
     def anchors(self) -> Array:
@@ -154,10 +155,11 @@ class Problem(NamedTuple):
             EXACT=arithmetic.exact,
             UPCAST=arithmetic.upcast,
             ANCHORED=self.anchor is not None,
-            HALVES=arithmetic.halves,
+            PARTS=arithmetic.parts,
+            FEWEST_PARTS=max(1, arithmetic.parts - 1),
             SPLIT_BELOW=arithmetic.split_below,
-            LOW_ABOVE=arithmetic.low_above,
-            CAREFUL_ABOVE=arithmetic.careful_above,
+            LAST_ABOVE=arithmetic.last_above,
+            CORRECTED_BELOW=0.0 if solver.rtol is not None else arithmetic.corrected_below,
             BALANCED_ABOVE=arithmetic.balanced_above,
             FROM_FIRST=self.seen.from_first,
             IDS=self.seen.query_ids is not None,
@@ -189,7 +191,7 @@ def forward(
     shape = plan.forward
     table, programs = problem.by_queries(shape)
     row, exact_row = problem.row(), problem.exact_row()
-    o, x_hi, x_lo, lse, lse_rest, near, a0, damping, omega, logsumexp, *of_solve = launch.call(
+    o, x_hi, x_lo, x_rest, lse, lse_rest, near, a0, damping, omega, logsumexp, *of_solve = launch.call(
         forward_kernel,
         programs,
         (query, problem.key, value, lam, *problem.visible(table), problem.origins(), problem.anchors()),
@@ -197,7 +199,8 @@ def forward(
         (
             jax.ShapeDtypeStruct((batch, T, heads, value_dim), query.dtype),
             problem.solution(),
-            problem.solution(low=True),
+            problem.solution(2),
+            problem.solution(3),
             row,
             exact_row,
             exact_row,
@@ -214,7 +217,7 @@ def forward(
         problem.constants(shape, table, plan.arithmetic.forward_tau),
     )
     iterations, residual_norm, error, converged = of_solve
-    saved = Saved(x_hi, x_lo, lse, lse_rest, near, a0, damping, omega)
+    saved = Saved(x_hi, x_lo, x_rest, lse, lse_rest, near, a0, damping, omega)
     return o, saved, Residuals(omega, logsumexp, iterations, residual_norm, error, converged != 0)
 
 
@@ -243,7 +246,7 @@ def backward(
     nears, rests = pairs, jax.ShapeDtypeStruct(pairs.shape[:3], jnp.float32)
     if not plan.arithmetic.exact:
         nears = rests = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
-    dq, dlam, u_hi, u_lo, *of_rows, low = launch.call(
+    dq, dlam, u_hi, u_lo, *of_rows, more = launch.call(
         query_kernel,
         programs,
         (query, problem.key, value, lam, *problem.visible(table), origin, *saved, g),
@@ -252,7 +255,7 @@ def backward(
             jax.ShapeDtypeStruct(query.shape, query.dtype),
             problem.row(),
             problem.solution(),
-            problem.solution(low=True),
+            problem.solution(2),
             pairs,
             pairs,
             nears,
@@ -267,7 +270,7 @@ def backward(
     dk, dv = launch.call(
         key_kernel,
         -(-S // shape.BN) * batch * kv_heads,
-        (query, problem.key, value, *problem.visible(table), origin, *saved[:2], u_hi, u_lo, g, *of_rows, low),
+        (query, problem.key, value, *problem.visible(table), origin, *saved[:3], u_hi, u_lo, g, *of_rows, more),
         (T, S),
         (jax.ShapeDtypeStruct(key.shape, key.dtype), jax.ShapeDtypeStruct(value.shape, value.dtype)),
         shape,

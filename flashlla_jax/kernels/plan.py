@@ -38,10 +38,10 @@ class Arithmetic(NamedTuple):
 
     upcast: bool  # tiles to float32 after loading
     precision: str  # of a float32 product
-    halves: bool  # x and u as hi + lo
+    parts: int  # of x: one, hi and lo, or hi, lo and rest; u has two at the most
     split_below: float  # weights too, where lambda < split_below * (variance of a key's feature) / sqrt(omega)
-    low_above: float  # the low half of x is used where it moves kc.x by more than this
-    careful_above: float  # what the halves leave of x is used in the forward pass, where it does
+    last_above: float  # the last part of x is used where it moves kc.x by more than this
+    corrected_below: float  # u is corrected once in rows where the b_ij keep less than this share of gamma's variance
     balanced_above: float  # the |x.kbar| above which the a_ij of a row are made to sum to 1
     forward_tau: float  # the stop: |r|^2 <= tau lambda x.Ax
     backward_tau: float
@@ -166,12 +166,12 @@ def refusal(query: Any, value: Any) -> str | None:
 def _arithmetic(dtype: jnp.dtype, precision: lax.Precision) -> Arithmetic:
     if dtype == jnp.bfloat16 and precision != lax.Precision.HIGHEST:
         if precision == lax.Precision.HIGH:
-            return Arithmetic(False, "tf32", True, math.inf, 0.0, 1e-4, 512.0, 1e-7, 1e-8, 1.0, True)
-        return Arithmetic(False, "tf32", True, 0.3, 1e-3, math.inf, 2048.0, 1.5e-5, 6e-6, 0.05, True)
+            return Arithmetic(False, "tf32", 3, math.inf, 1e-4, 0.03, 512.0, 1e-7, 1e-8, 1.0, True)
+        return Arithmetic(False, "tf32", 2, 0.3, 1e-3, 0.0, 2048.0, 1.5e-5, 6e-6, 0.05, True)
     if precision == lax.Precision.DEFAULT:
-        return Arithmetic(True, "tf32", True, 0.0, 0.0, math.inf, math.inf, 1e-7, 1e-7, 1.0, False)
+        return Arithmetic(True, "tf32", 2, 0.0, 0.0, 0.0, math.inf, 1e-7, 1e-7, 1.0, False)
     name, tau = ("tf32x3", 1e-12) if precision == lax.Precision.HIGH else ("ieee", 1e-13)
-    return Arithmetic(True, name, False, 0.0, 0.0, math.inf, math.inf, tau, tau, 1.0, False)
+    return Arithmetic(True, name, 1, 0.0, 0.0, 0.0, math.inf, tau, tau, 1.0, False)
 
 
 def capability_here() -> int:

@@ -81,7 +81,7 @@ def bound(rtol, scale, c: tl.constexpr):
 
 
 @triton.jit
-def solve(rhs, rows, keys, hard, c: tl.constexpr):
+def solve(rhs, rows, keys, hard, c: tl.constexpr, SLACK: tl.constexpr = 1.0):
     """A ``Solve`` of A x = rhs for each row.
 
     A row stops when |r|^2 <= RTOL max(ATOL, scale). ENERGY: the scale is lambda E. Here E is x.Ax, to which each step
@@ -95,7 +95,7 @@ def solve(rhs, rows, keys, hard, c: tl.constexpr):
     this saves a step if lambda is large, and halves the error if it is small.
 
     A product's weights are carried as hi + lo always where SPLIT_BELOW is inf, never where it is 0, else in the rows
-    that are ``hard``. There HARD_RTOL takes the place of RTOL.
+    that are ``hard``. There HARD_RTOL takes the place of RTOL. SLACK is a factor of both.
     """
     if c.PRECONDITION:
         scaling = inverse_diagonal(rows, keys, c)
@@ -103,7 +103,7 @@ def solve(rhs, rows, keys, hard, c: tl.constexpr):
     r = rhs
     rr = tl.sum(r * r, 1)
     energy = tl.zeros((c.BM,), tl.float32)
-    rtol = tl.where(hard, c.HARD_RTOL, c.RTOL)
+    rtol = tl.where(hard, c.HARD_RTOL, c.RTOL) * SLACK
     split = some(hard)
     stop = bound(rtol, energy if c.ENERGY else rr, c)
     if c.PRECONDITION:
