@@ -60,10 +60,12 @@ def _compile_quickly() -> None:
 def _program(item: pytest.Item) -> str:
     """A test and what of its parameters changes the program: kinds of keys, ridges and what is hidden are arrays.
 
-    Parameters by their place in the list: every process has to find the same name, and not all values print alike.
+    Without addresses of functions: every process has to find the same name.
     """
-    places = item.callspec.indices if hasattr(item, "callspec") else {}  # type: ignore[attr-defined]
-    static = [f"{name}{place}" for name, place in places.items() if name not in ("kind", "ridge", "name")]
+    params = item.callspec.params if hasattr(item, "callspec") else {}  # type: ignore[attr-defined]
+    static = [
+        re.sub(" at 0x[0-9a-f]+", "", str(x)) for name, x in params.items() if name not in ("kind", "ridge", "name")
+    ]
     return ":".join([item.nodeid.split("[")[0], *static])
 
 

@@ -104,7 +104,7 @@ def key_gradients(dk, dk_u, dv, at, queries, PARTS: tl.constexpr, c: tl.constexp
             else:
                 a = tl.zeros((c.BN, c.BM), tl.float32)
                 b = tl.dot(at.V, tl.trans(G), input_precision=c.PRECISION)
-                if PARTS > 1 and not c.UPCAST:  # in the order of the other kernels: a0 makes up for the rounding of that sum
+                if PARTS > 1 and not c.UPCAST:  # in the other kernels' order: a0 makes up for the rounding of that sum
                     a, b = with_low_parts(a, b, K, queries, m0, PARTS, whole == 0, c)
                 a = tl.dot(K, tl.trans(X), acc=a, input_precision=c.PRECISION)
                 b = tl.dot(K, tl.trans(U), acc=b, input_precision=c.PRECISION)
