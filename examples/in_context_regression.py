@@ -94,8 +94,6 @@ def regression_data(key: Array, batch: int, length: int, dim: int, segment: int)
     x = directions(cones, 1) + SPREAD * directions(spread, segment)
     x *= math.sqrt(dim) / jnp.linalg.norm(x, axis=-1, keepdims=True)
     w = jax.random.normal(maps, (batch, length // segment, dim, dim)) / math.sqrt(dim)
-    # on a GPU XLA would make the random numbers within the product, and compile that for minutes to find the best tiles
-    x, w = jax.lax.optimization_barrier((x, w))
     # exact products: the task is not to be noisy
     y = jnp.einsum("bgti,bgij->bgtj", x, w, precision="highest")
     return x.reshape(batch, length, dim), y.reshape(batch, length, dim)
