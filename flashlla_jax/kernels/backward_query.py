@@ -198,7 +198,7 @@ def query_gradient(rows, G, keys, solutions, PARTS: tl.constexpr, c: tl.constexp
     sums = tl.zeros((c.BM, 16), tl.float32)
     for edge in tl.static_range(2):
         count = keys.tiles.edges if edge else keys.tiles.wholes
-        for i in tl.range(0, count, num_stages=c.EDGE_STAGES if edge else c.STAGES):
+        for i in tl.range(0, count, num_stages=c.EDGE_STAGES if edge or PARTS > 2 else c.STAGES):
             n0 = key_tile(keys, i, edge == 1, c)
             K = load_keys(keys, n0, edge == 1, c)
             V = load_values(keys, n0, edge == 1, c)
