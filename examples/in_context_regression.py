@@ -87,13 +87,17 @@ def regression_data(key: Array, batch: int, length: int, dim: int, segment: int)
     """
     cones, spread, maps = jax.random.split(key, 3)
 
+    def normal(key: Array, rows: int) -> Array:
+        # on a GPU XLA makes random numbers within all that uses them, and compiles that for minutes
+        return jax.lax.optimization_barrier(jax.random.normal(key, (batch, length // segment, rows, dim)))
+
     def directions(key: Array, positions: int) -> Array:
-        x = jax.random.normal(key, (batch, length // segment, positions, dim))
+        x = normal(key, positions)
         return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
     x = directions(cones, 1) + SPREAD * directions(spread, segment)
     x *= math.sqrt(dim) / jnp.linalg.norm(x, axis=-1, keepdims=True)
-    w = jax.random.normal(maps, (batch, length // segment, dim, dim)) / math.sqrt(dim)
+    w = normal(maps, dim) / math.sqrt(dim)
     # exact products: the task is not to be noisy
     y = jnp.einsum("bgti,bgij->bgtj", x, w, precision="highest")
     return x.reshape(batch, length, dim), y.reshape(batch, length, dim)
