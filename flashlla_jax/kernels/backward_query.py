@@ -193,7 +193,10 @@ def mean_of_b(rows, G, keys, solutions, c: tl.constexpr):
 
 @triton.jit
 def query_gradient(rows, G, keys, solutions, PARTS: tl.constexpr, c: tl.constexpr):
-    """sum_j ds_ij k_j, the ds_ij summing to 0."""
+    """sum_j ds_ij k_j, the ds_ij summing to 0.
+
+    With a third part of x there is no pipeline: its shared memory would leave one program a multiprocessor at D = 128.
+    """
     acc = tl.zeros((c.BM, c.DP), tl.float32)
     sums = tl.zeros((c.BM, 16), tl.float32)
     for edge in tl.static_range(2):
