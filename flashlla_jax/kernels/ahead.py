@@ -31,7 +31,8 @@ def compile_side_by_side(*jaxprs: Any) -> None:
 def _lower(call: Any) -> None:
     """Lowers one call; the program that comes of it is not kept."""
     types = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in call.invars]
-    run = jax.jit(lambda *arrays: call.primitive.bind(*arrays, **call.params))
+    # JAX 0.12 would look for unused ones by a rule of jax-triton 0.4.1, whose signature has changed since
+    run = jax.jit(lambda *arrays: call.primitive.bind(*arrays, **call.params), keep_unused=True)
     run.trace(*types).lower(lowering_platforms=("cuda",))
 
 
