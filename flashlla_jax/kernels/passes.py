@@ -33,7 +33,7 @@ class Saved(NamedTuple):
     x_rest: Array
     lse: Array  # log2 of the softmax normaliser, of the keys relative to their origin (kernels/tiles.py, Rows)
     lse_rest: Array  # these three only where products keep all of float32
-    near: Array  # kernels/forward.py, Solution; a0 also at HIGH
+    near: Array  # kernels/forward.py, Solution; a0 also for bfloat16
     a0: Array
     damping: Array
     omega: Array

@@ -402,7 +402,7 @@ class TestNarrow(NarrowTests):
 
 
 class TestNarrowHalves(NarrowTests):
-    """As at HIGH precision: halves always."""
+    """As at HIGH precision: x in three parts always, and u corrected."""
 
     arithmetic = staticmethod(narrow(math.inf, 3, 0.0, 0.03, 0.0))
     bounds = {10.0: NARROW_BOUND, 0.01: NARROW_BOUND}  # noqa: RUF012
