@@ -1,8 +1,9 @@
-"""Compiles Parallax's kernels for GPUs that are not here, as test_kernels_compile.py does those of LLA."""
+"""Compiles Parallax's kernels for GPUs that are not here, as test_compile.py does those of LLA."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import NamedTuple
 
 import jax
@@ -30,8 +31,9 @@ class Entry(NamedTuple):
         return f"sm_{self.capability}-{self.kernel}-{self.dtype}-D{self.dim}"
 
 
-# Bytes of register spills (stores) that an entry may have: as measured with Triton 3.6 and 3.8, with a quarter and 64
-# for another version's. The usual ones, and float32's; a head dimension of 256 is right, but slow to compile.
+# Bytes of register spills (stores) that an entry may have: what Triton 3.8 and its assembler make of it, as measured,
+# with a quarter and 64 for another version's. The usual ones, and float32's; a head dimension of 256 is right, but slow
+# to compile.
 SPILLS = {
     Entry(90, "forward", "bfloat16", 64): 0,
     Entry(90, "query", "bfloat16", 64): 0,
@@ -54,6 +56,9 @@ SPILLS = {
     Entry(80, "query", "float32", 64): 0,
     Entry(80, "key", "float32", 64): 0,
 }
+
+# What Triton 3.6 makes of some.
+SPILLS_BY_TRITON_3_6 = {Entry(90, "forward", "bfloat16", 128): 324}
 
 
 def compile_entry(entry: Entry) -> Report:
@@ -94,8 +99,9 @@ def report() -> Iterator[Callable[[Entry], Report]]:
 @pytest.mark.parametrize("entry", SPILLS, ids=str)
 def test_fits_and_runs_freely(entry: Entry, report: Callable[[Entry], Report]) -> None:
     found = report(entry)
+    known = SPILLS | (SPILLS_BY_TRITON_3_6 if version("triton").startswith("3.6.") else {})
     assert found.shared_memory <= SHARED_MEMORY[entry.capability]
-    assert found.spill_stores <= 1.25 * SPILLS[entry] + 64, found.log
+    assert found.spill_stores <= 1.25 * known[entry] + 64, found.log
     assert entry.capability < 90 or not found.serialised, found.log
 
 
