@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from tests.cases import GRADIENTS, KINDS, RIDGES, Shape, draw, evaluate, relative_error, truth
+from tests.cases import ALL_KINDS, GRADIENTS, RIDGES, Shape, draw, evaluate, relative_error, truth
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
         f"jax {jax.__version__}, {jax.devices()[0].device_kind}",
         f"{'keys':>14} {'lambda':>7}  " + " ".join(f"{name:>8}" for name in names),
     ]
-    for kind in tqdm(KINDS, desc="kinds of keys"):
+    for kind in tqdm(ALL_KINDS, desc="kinds of keys"):
         inputs = draw(shape, args.dtype, kind)
         for ridge in RIDGES:
             lam = jnp.full(shape.ridge, ridge, "float64" if args.dtype == "float64" else "float32")

@@ -109,6 +109,18 @@ def _offset(q: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> tuple[np.
     return q + 4, k + 4
 
 
+def _varied(q: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Every key times exp N(0, 1): a few long ones, which hold nearly all the weight of most rows."""
+    return q, k * np.exp(rng.normal(size=(*k.shape[:-1], 1)))
+
+
+def _sink(q: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The first key lies where all queries look, as in trained models."""
+    k = k.copy()
+    k[:, 0] += 3
+    return q + 0.5, k
+
+
 KINDS: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
     "iid": _iid,
     "anisotropic": _anisotropic,
@@ -120,6 +132,9 @@ KINDS: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
     "offset": _offset,
 }
 
+# What the solves of a whole row are put through as well.
+ALL_KINDS = KINDS | {"varied": _varied, "sink": _sink}
+
 
 def draw(shape: Shape, dtype: Any = jnp.float64, kind: str = "iid", seed: int = 0) -> Inputs:
     rng = np.random.default_rng(seed)
@@ -127,7 +142,7 @@ def draw(shape: Shape, dtype: Any = jnp.float64, kind: str = "iid", seed: int = 
     k = rng.normal(size=(shape.batch, shape.keys, shape.kv_heads, shape.dim))
     v = rng.normal(size=(shape.batch, shape.keys, shape.kv_heads, shape.value_dim))
     g = rng.normal(size=(shape.batch, shape.queries, shape.heads, shape.value_dim))
-    q, k = KINDS[kind](q, k, rng)
+    q, k = ALL_KINDS[kind](q, k, rng)
     return Inputs(*(jnp.asarray(x).astype(dtype) for x in (q, k, v, g)))
 
 

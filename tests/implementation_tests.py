@@ -13,10 +13,10 @@ import pytest
 
 from flashlla_jax import lla_attention
 from tests.cases import (
+    ALL_KINDS,
     GRADIENTS,
     HIDDEN,
     KIND_SHAPES,
-    KINDS,
     RIDGES,
     Hidden,
     Inputs,
@@ -117,7 +117,7 @@ class ImplementationTests:
                 lines.append(f"{dtype} lambda={ridge:g} {name}: {error:.1e} > {bound:.1e}")
         return lines
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", ALL_KINDS)
     def test_accuracy(self, shape: Shape, kind: str) -> None:
         lines = []
         for dtype in self.dtypes:

@@ -20,6 +20,7 @@ from flashlla_jax.kernels.tiles import (
     load_rows,
     log_weights,
     store_tile,
+    with_b0,
     with_row,
 )
 from flashlla_jax.kernels.visible import (
@@ -33,7 +34,7 @@ from flashlla_jax.kernels.visible import (
     visited,
 )
 
-FLAGS: tl.constexpr = tl.constexpr(1024)  # rows whose flags the key kernel reads at once
+CARES: tl.constexpr = tl.constexpr(1024)  # rows whose care the key kernel reads at once
 
 
 class Queries(NamedTuple):
@@ -48,6 +49,7 @@ class Queries(NamedTuple):
     u_lo: tl.tensor
     lse_a0: tl.tensor
     b0_c0: tl.tensor
+    rests: tl.tensor
     nears: tl.tensor
     lse_rest: tl.tensor
     origins: tl.tensor
@@ -71,13 +73,14 @@ def with_low_parts(a, b, K, queries, m0, PARTS: tl.constexpr, RAGGED: tl.constex
 
 
 @triton.jit
-def key_gradients(dk, dk_u, dv, at, queries, PARTS: tl.constexpr, c: tl.constexpr):
+def key_gradients(dk, dk_u, dv, at, queries, CARE: tl.constexpr, c: tl.constexpr):
     """dk, the part of it that u makes, and dv, with the share of the queries of one head added.
 
     Tiles are (BN, BM), keys by queries: the weights are then the left operand of the products that gather dk and dv, as
     they lie in registers. The edges are hidden in part, or reach past the last query (where all is zero); they come
     first.
     """
+    PARTS: tl.constexpr = c.PARTS if CARE > 0 else c.FEWEST_PARTS
     T = queries.visible.T
     for whole in tl.static_range(2):
         count = queries.tiles.wholes if whole else queries.tiles.edges
@@ -115,14 +118,17 @@ def key_gradients(dk, dk_u, dv, at, queries, PARTS: tl.constexpr, c: tl.constexp
                 intervals = load_intervals(queries.visible, m0, c)
                 s = tl.where(sees(intervals, at.n0 + tl.arange(0, c.BN), queries.visible, True, c), s, -float("inf"))
             w = tl.math.exp2(s)
-            a = with_row(a, a0[None, :], c)
+            a0_rest, b0_rest = a0, b0
+            if (CARE == c.MOST_CARE) and (c.BALANCED_ABOVE < float("inf")):
+                a0_rest, b0_rest = load_pairs(queries.rests, m0, c.BM)
+            a = with_row(a, a0[None, :], a0_rest[None, :], CARE, c)
             pa = (w * a).to(K.dtype)
             dv = tl.dot(pa, G, acc=dv, input_precision=c.PRECISION)
             if c.DP <= 64:  # a sum of its own, so that no product of this tile waits for another; wider: no registers
                 dk_u = tl.dot(pa, U, acc=dk_u, input_precision=c.PRECISION)
             else:
                 dk = tl.dot(pa, U, acc=dk, input_precision=c.PRECISION)
-            pb = w * (b + b0[None, :])
+            pb = w * with_b0(b, b0[None, :], b0_rest[None, :], CARE, c)
             ds = c.QK_SCALE * (a * pb + w * c0[None, :])
             dk = tl.dot(pb.to(K.dtype), X, acc=dk, input_precision=c.PRECISION)
             dk = tl.dot(ds.to(K.dtype), Q, acc=dk, input_precision=c.PRECISION)
@@ -150,9 +156,10 @@ def key_kernel(
     g,
     lse_a0_ptr,
     b0_c0_ptr,
+    rests_ptr,
     nears_ptr,
     lse_rest_ptr,
-    more_ptr,
+    care_ptr,
     T,
     S,
     dk_ptr,
@@ -184,6 +191,7 @@ def key_kernel(
             head_base(u_lo_ptr, batch, T, head, c.HEADS, c.D),
             lse_a0_ptr + pairs,
             b0_c0_ptr + pairs,
+            rests_ptr + pairs,
             nears_ptr + pairs,
             lse_rest_ptr + first_row,
             origins,
@@ -192,18 +200,23 @@ def key_kernel(
             seen_by,
             visible_to(start, end, query_ids, key_ids, mask, order + row * tl.cdiv(T, c.BM), batch, head, T, S, c),
         )
-        flagged = 0  # whether the last part of x matters for some query that may see these keys
+        care = 0  # the most that some query needs which may see these keys
         if c.PARTS > 1:
             row_base = batch.to(tl.int64) * T * c.HEADS + head
             last = tl.minimum((seen_by.low + seen_by.edges + seen_by.wholes) * c.BM, T)
             if c.MASK:
                 last = T
-            for first in range(0 if c.MASK else seen_by.low * c.BM, last, FLAGS):
-                flagged = tl.maximum(flagged, tl.max(load_rows(more_ptr + row_base, first, T, c.HEADS, FLAGS, 0), 0))
-        if flagged > 0:
-            dk, dk_u, dv = key_gradients(dk, dk_u, dv, at, queries, c.PARTS, c)
+            for first in range(0 if c.MASK else seen_by.low * c.BM, last, CARES):
+                care = tl.maximum(care, tl.max(load_rows(care_ptr + row_base, first, T, c.HEADS, CARES, 0), 0))
+        if care > 0:
+            if c.MOST_CARE == 1:
+                dk, dk_u, dv = key_gradients(dk, dk_u, dv, at, queries, 1, c)
+            elif care == 1:
+                dk, dk_u, dv = key_gradients(dk, dk_u, dv, at, queries, 1, c)
+            else:
+                dk, dk_u, dv = key_gradients(dk, dk_u, dv, at, queries, 2, c)
         else:
-            dk, dk_u, dv = key_gradients(dk, dk_u, dv, at, queries, c.FEWEST_PARTS, c)
+            dk, dk_u, dv = key_gradients(dk, dk_u, dv, at, queries, 0, c)
     store_tile(
         head_base(dk_ptr, batch, S, kv_head, c.KV_HEADS, c.D), dk + dk_u, n0, S, c.KV_HEADS * c.D, c.D, c.BN, c.DP
     )

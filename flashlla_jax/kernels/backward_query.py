@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from flashlla_jax.kernels.solver import solve
+from flashlla_jax.kernels.solver import conjugate_gradients, solve
 from flashlla_jax.kernels.tiles import (
     Rows,
     as_operand,
@@ -34,13 +34,15 @@ from flashlla_jax.kernels.tiles import (
     store_queries,
     store_rows,
     weights,
+    with_b0,
     with_row,
 )
 from flashlla_jax.kernels.visible import key_tile, load_intervals, visible_to_queries
 
 
 class Solutions(NamedTuple):
-    """x and u negated, in parts, and the numbers of a row: a = a0 + x.k, b = b0 + g.v + u.k, c0 = lambda u.x.
+    """x and u negated, in parts, and the numbers of a row: c0 = lambda u.x, a = (a0 + x.k) + a0_rest,
+    b = (b0 + g.v + u.k) + b0_rest.
 
     EXACT: a = 1 + (a0 + (near_x + x.k)), b = b0 + (near_u + u.k + g.v), the sums in this order.
     """
@@ -53,7 +55,9 @@ class Solutions(NamedTuple):
     near_x: tl.tensor
     near_u: tl.tensor
     a0: tl.tensor
+    a0_rest: tl.tensor
     b0: tl.tensor
+    b0_rest: tl.tensor
     c0: tl.tensor
 
 
@@ -82,7 +86,7 @@ def rounded_by_hand(t, dtype: tl.constexpr):
 
 
 @triton.jit
-def right_hand_side(rows, G, g0, keys, hard, refined, parts, SPLIT: tl.constexpr, c: tl.constexpr):
+def right_hand_side(rows, G, g0, keys, hard, refined, parts, c: tl.constexpr):
     """kbar again (cheaper than keeping it), y = sum_j p_ij (gamma_ij - gbar_i) kc_ij, gbar, and gamma's variance.
 
     y's weights are rounded like gamma - g0, so g0 ought to be near gbar. A first pass finds it, if some rows are to be
@@ -124,13 +128,13 @@ def right_hand_side(rows, G, g0, keys, hard, refined, parts, SPLIT: tl.constexpr
                 excess += tl.sum(t, 1)
                 if c.CORRECTED_BELOW > 0.0:
                     squares += tl.sum(t * gamma, 1)
-                if not c.UPCAST and not SPLIT:
+                if not c.UPCAST and not c.SPLIT_ALL:
                     near = rounded_by_hand(t, K.dtype)
                     t = tl.where(part > refine, (t - near) * left[:, None], near)
                     near = rounded_by_hand(w, K.dtype)
                     w = tl.where(part > refine, (w - near) * left[:, None], near)
-                acc_k, sums_k = rounded_product(w, K, acc_k, sums_k, SPLIT, c.PRECISION)
-                acc_y, sums_y = rounded_product(t, K, acc_y, sums_y, SPLIT, c.PRECISION)
+                acc_k, sums_k = rounded_product(w, K, acc_k, sums_k, c.SPLIT_ALL, c.PRECISION)
+                acc_y, sums_y = rounded_product(t, K, acc_y, sums_y, c.SPLIT_ALL, c.PRECISION)
     total = one_column(sums_k)
     kbar = acc_k / tl.where(total == 0.0, 1.0, total)[:, None]  # 0 for a query that sees no key
     excess = excess / parts
@@ -169,34 +173,55 @@ def corrected(u, needed, rows, G, gbar, keys, hard, c: tl.constexpr):
             mean += tl.sum(pb, 1)
             acc, sums = rounded_product(pb, K, acc, sums, True, c.PRECISION)
     left = acc - one_column(sums)[:, None] * rows.kbar + rows.lam[:, None] * used
-    correction = solve(tl.where(needed[:, None], left, 0.0), rows, keys, hard, c, SLACK=1e4).x
+    correction = conjugate_gradients(tl.where(needed[:, None], left, 0.0), rows, keys, hard, True, c, SLACK=1e4).x
     return tl.where(needed[:, None], correction - used, u), tl.where(needed, gbar + mean, gbar)
 
 
 @triton.jit
-def mean_of_b(rows, G, keys, solutions, c: tl.constexpr):
-    """sum_j p_ij b_ij, EXACT; without rounding it would be 0, see ``mean_with`` of the forward kernel."""
+def mean_of_b(b0, rows, G, keys, u_hi, u_lo, near_u, c: tl.constexpr):
+    """sum_j p_ij b_ij; without rounding it would be 0, see ``mean_with`` of the forward kernel.
+
+    Where few tiles need it, there is no pipeline, for the shared memory that it takes.
+    """
     mean = tl.zeros((c.BM,), tl.float32)
     for edge in tl.static_range(2):
         count = keys.tiles.edges if edge else keys.tiles.wholes
-        for i in tl.range(0, count, num_stages=c.EDGE_STAGES if edge else c.STAGES):
+        for i in tl.range(0, count, num_stages=(c.EDGE_STAGES if edge else c.STAGES) if c.EXACT else 1):
             n0 = key_tile(keys, i, edge == 1, c)
             K = load_keys(keys, n0, edge == 1, c)
             V = load_values(keys, n0, edge == 1, c)
             w = weights(rows, K, n0, keys, edge == 1, c)
-            b = tl.zeros((c.BM, c.BN), tl.float32) + solutions.near_u[:, None]
-            b = tl.dot(solutions.u_hi, tl.trans(K), acc=b, input_precision=c.PRECISION)
-            b = tl.dot(G, tl.trans(V), acc=b, input_precision=c.PRECISION)
-            mean += tl.sum(w * (b + solutions.b0[:, None]), 1)
+            if c.EXACT:
+                b = tl.zeros((c.BM, c.BN), tl.float32) + near_u[:, None]
+                b = tl.dot(u_hi, tl.trans(K), acc=b, input_precision=c.PRECISION)
+                b = tl.dot(G, tl.trans(V), acc=b, input_precision=c.PRECISION)
+            else:
+                b = tl.dot(G, tl.trans(V), input_precision=c.PRECISION)
+                b = tl.dot(u_lo, tl.trans(K), acc=b, input_precision=c.PRECISION)
+                b = tl.dot(u_hi, tl.trans(K), acc=b, input_precision=c.PRECISION)
+            mean += tl.sum(w * (b + b0[:, None]), 1)
     return mean
 
 
 @triton.jit
-def query_gradient(rows, G, keys, solutions, PARTS: tl.constexpr, c: tl.constexpr):
+def settled(b0, chosen, rows, G, keys, u_hi, u_lo, near_u, c: tl.constexpr):
+    """b0, moved in the chosen rows so that their b_ij sum to 0, and what rounding it left.
+
+    If one key has all the weight, its b_ij is nothing but the rounding of gbar; and x, which is m / lambda then, makes
+    as much of dk of it.
+    """
+    move = tl.where(chosen, -mean_of_b(b0, rows, G, keys, u_hi, u_lo, near_u, c), 0.0)
+    moved = b0 + move
+    return moved, move - (moved - b0)
+
+
+@triton.jit
+def query_gradient(rows, G, keys, solutions, CARE: tl.constexpr, c: tl.constexpr):
     """sum_j ds_ij k_j, the ds_ij summing to 0.
 
     With a third part of x there is no pipeline: its shared memory would leave one program a multiprocessor at D = 128.
     """
+    PARTS: tl.constexpr = c.PARTS if CARE > 0 else c.FEWEST_PARTS
     acc = tl.zeros((c.BM, c.DP), tl.float32)
     sums = tl.zeros((c.BM, 16), tl.float32)
     for edge in tl.static_range(2):
@@ -222,8 +247,9 @@ def query_gradient(rows, G, keys, solutions, PARTS: tl.constexpr, c: tl.constexp
             b = tl.dot(solutions.u_hi, tl.trans(K), acc=b, input_precision=c.PRECISION)
             if c.EXACT:
                 b = tl.dot(G, tl.trans(V), acc=b, input_precision=c.PRECISION)
-            a = with_row(a, solutions.a0[:, None], c)
-            ds = w * (a * (b + solutions.b0[:, None]) + solutions.c0[:, None])
+            a = with_row(a, solutions.a0[:, None], solutions.a0_rest[:, None], CARE, c)
+            b = with_b0(b, solutions.b0[:, None], solutions.b0_rest[:, None], CARE, c)
+            ds = w * (a * b + solutions.c0[:, None])
             acc, sums = rounded_product(ds, K, acc, sums, False, c.PRECISION)
     return acc - one_column(sums)[:, None] * rows.kbar
 
@@ -249,6 +275,7 @@ def query_kernel(
     lse_rest_ptr,
     near_ptr,
     a0_ptr,
+    a0_rest_ptr,
     damping_ptr,
     omega_ptr,
     g,
@@ -260,15 +287,16 @@ def query_kernel(
     u_lo_ptr,
     lse_a0_ptr,
     b0_c0_ptr,
+    rests_ptr,
     nears_ptr,
     weight_rest_ptr,
-    more_ptr,
+    care_ptr,
     c: tl.constexpr,
 ):
-    """dq, dlambda, and for the key kernel u and four numbers of each row, in two pairs.
+    """dq, dlambda, and for the key kernel u and six numbers of each row, in three pairs.
 
-    The pairs are the lse of its weights with a0, and b0 with c0; they have a place for every row of the last tile.
-    EXACT: three more numbers, near_x with near_u, and the rest of the lse.
+    The pairs are the lse of its weights with a0, b0 with c0, and the rests of a0 and b0; they have a place for every
+    row of the last tile. EXACT: no rests, but three more numbers, near_x with near_u, and the rest of the lse.
     """
     at = query_program(order, T, c)
     if c.CUT:
@@ -298,10 +326,9 @@ def query_kernel(
     if not c.UPCAST:  # where it matters, or so few keys are seen that this is cheap
         few = keys.tiles.wholes + keys.tiles.edges <= 4
         refined = one_key_dominates(omega) | (refined & few)
-        if c.SPLIT_BELOW != float("inf"):  # else both parts of y are gathered at once
+        if not c.SPLIT_ALL:  # else both parts of y are gathered at once
             parts = 1 + some(hard).to(tl.int32)
-    split = c.SPLIT_BELOW == float("inf")
-    kbar, y, gbar, variance = right_hand_side(rows, G, g0, keys, hard, refined, parts, split, c)
+    kbar, y, gbar, variance = right_hand_side(rows, G, g0, keys, hard, refined, parts, c)
     rows = Rows(Q, lse, lse_rest, kbar, lam, intervals)
     u = solve(y, rows, keys, hard, c).x
     if c.CORRECTED_BELOW > 0.0:
@@ -317,7 +344,7 @@ def query_kernel(
     x_lo = x_hi
     x_rest = x_hi
     u_lo = u_hi
-    more = False  # whether the last part of x matters: the forward pass left it at 0 if not
+    care = 0
     if c.PARTS > 1:
         x_lo = load_queries(head_base(x_lo_ptr, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
         x_used += x_lo.to(tl.float32)
@@ -326,30 +353,43 @@ def query_kernel(
             x_rest = load_queries(head_base(x_rest_ptr, batch, T, head, c.HEADS, c.D), m0, stop, True, c)
             x_used += x_rest.to(tl.float32)
             last = x_rest
-        more = (tl.max(tl.sum(tl.abs(last.to(tl.float32)), 1), 0) <= 0.0) == 0  # NaN is something
+        # whether the last part of x matters: the forward pass left it at 0 if not; NaN is something
+        more = (tl.max(tl.sum(tl.abs(last.to(tl.float32)), 1), 0) <= 0.0) == 0
+        care = more.to(tl.int32)
         u_lo = as_operand(-u - u_used, Q.dtype, c.PRECISION)
         if c.PARTS == 2:  # u goes with x
             u_lo = tl.where(more, u_lo, 0.0).to(Q.dtype)
         store_queries(head_base(u_lo_ptr, batch, T, head, c.HEADS, c.D), u_lo, m0, stop, c)
         u_used += u_lo.to(tl.float32)
-        store_rows(more_ptr + row_base, tl.zeros((c.BM,), tl.int32) + more.to(tl.int32), m0, stop, c.HEADS, c.BM)
+    valid = m0 + tl.arange(0, c.BM) < stop  # the key kernel reads the other rows of the tile too: of weight zero
+    first_row = (batch.to(tl.int64) * c.HEADS + head) * tl.cdiv(T, c.BM) * c.BM
+    pairs = first_row * 2
     near_x = -tl.sum(x_used * kbar, 1)
     near_u = -tl.sum(u_used * kbar, 1)
     a0 = 1.0 + near_x
+    a0_rest = a0
     b0 = near_u - gbar
+    b0_rest = b0
     if c.EXACT:
         near_x = load_rows(near_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
         a0 = load_rows(a0_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
         b0 = -gbar
-        b0 -= mean_of_b(rows, G, keys, Solutions(x_hi, x_lo, x_rest, u_hi, u_lo, near_x, near_u, a0, b0, lam), c)
+        b0 -= mean_of_b(b0, rows, G, keys, u_hi, u_lo, near_u, c)
     elif c.BALANCED_ABOVE < float("inf"):  # as the forward pass found it: so that the a_ij sum to 1
         a0 = load_rows(a0_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
+        a0_rest = load_rows(a0_rest_ptr + row_base, m0, stop, c.HEADS, c.BM, 0.0)
+        b0_rest = tl.zeros((c.BM,), tl.float32)
+        dominated = one_key_dominates(omega)
+        if c.MOST_CARE == 2:
+            care *= 1 + some(dominated | (a0_rest != 0.0)).to(tl.int32)
+        if (care == c.MOST_CARE) & some(dominated):
+            b0, b0_rest = settled(b0, dominated, rows, G, keys, u_hi, u_lo, near_u, c)
+        store_pairs(rests_ptr + pairs, tl.where(valid, a0_rest, 0.0), tl.where(valid, b0_rest, 0.0), at, c)
+    if c.PARTS > 1:
+        store_rows(care_ptr + row_base, tl.zeros((c.BM,), tl.int32) + care, m0, stop, c.HEADS, c.BM)
     dlam = -tl.sum(u * x_used, 1)
     c0 = lam * dlam
     store_rows(dlam_ptr + row_base, dlam * damping, m0, stop, c.HEADS, c.BM)
-    valid = m0 + tl.arange(0, c.BM) < stop  # the key kernel reads the other rows of the tile too: of weight zero
-    first_row = (batch.to(tl.int64) * c.HEADS + head) * tl.cdiv(T, c.BM) * c.BM
-    pairs = first_row * 2
     if c.EXACT:
         weight_rest = tl.where(valid, lse_rest - tl.math.log2(damping), float("inf"))
         weight_lse = tl.where(valid, lse, 0.0)
@@ -360,10 +400,15 @@ def query_kernel(
     store_pairs(lse_a0_ptr + pairs, weight_lse, tl.where(valid, a0, 0.0), at, c)
     store_pairs(b0_c0_ptr + pairs, tl.where(valid, b0, 0.0), tl.where(valid, c0, 0.0), at, c)
 
-    solutions = Solutions(x_hi, x_lo, x_rest, u_hi, u_lo, near_x, near_u, a0, b0, c0)
-    if more:
-        acc = query_gradient(rows, G, keys, solutions, c.PARTS, c)
+    solutions = Solutions(x_hi, x_lo, x_rest, u_hi, u_lo, near_x, near_u, a0, a0_rest, b0, b0_rest, c0)
+    if care > 0:
+        if c.MOST_CARE == 1:
+            acc = query_gradient(rows, G, keys, solutions, 1, c)
+        elif care == 1:
+            acc = query_gradient(rows, G, keys, solutions, 1, c)
+        else:
+            acc = query_gradient(rows, G, keys, solutions, 2, c)
     else:
-        acc = query_gradient(rows, G, keys, solutions, c.FEWEST_PARTS, c)
+        acc = query_gradient(rows, G, keys, solutions, 0, c)
     out = (c.QK_SCALE * acc + u) * damping[:, None]
     store_queries(head_base(dq, batch, T, head, c.HEADS, c.D), out, m0, stop, c)

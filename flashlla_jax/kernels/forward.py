@@ -39,7 +39,7 @@ NO_LOGIT: tl.constexpr = tl.constexpr(-3e38)
 
 
 class Solution(NamedTuple):
-    """-x as the products take it: hi + lo, and the rest beyond both. a_ij = a0 + (hi + lo + rest).k_j.
+    """-x as the products take it: hi + lo, and the rest beyond both. a_ij = (a0 + (hi + lo + rest).k_j) + a0_rest.
 
     EXACT: ``near`` is -x.kbar, and a_ij = 1 + (a0 + (near + (hi + lo + rest).k_j)).
     """
@@ -49,6 +49,7 @@ class Solution(NamedTuple):
     rest: tl.tensor
     near: tl.tensor
     a0: tl.tensor
+    a0_rest: tl.tensor
 
 
 @triton.jit
@@ -143,16 +144,22 @@ def mean_with(a0, rows, keys, solution, c: tl.constexpr):
 
 @triton.jit
 def balanced(a0, chosen, rows, keys, solution, c: tl.constexpr):
-    """a0, moved in the chosen rows so that their a_ij sum to 1."""
+    """a0, moved in the chosen rows so that their a_ij sum to 1, and what rounding it left.
+
+    An a0 of 1e7 has no digits behind the point.
+    """
+    a0_rest = tl.zeros((c.BM,), tl.float32)
     if some(chosen):
-        mean = mean_with(a0, rows, keys, solution, c)
-        a0 = tl.where(chosen, a0 + (1.0 - mean), a0)
-    return a0
+        move = tl.where(chosen, 1.0 - mean_with(a0, rows, keys, solution, c), 0.0)
+        moved = a0 + move
+        a0_rest = move - (moved - a0)
+        a0 = moved
+    return a0, a0_rest
 
 
 @triton.jit
-def output(rows, keys, solution, PARTS: tl.constexpr, c: tl.constexpr):
-    """sum_j p_ij a_ij v_j."""
+def output(rows, keys, solution, CARE: tl.constexpr, c: tl.constexpr):
+    """sum_j p_ij a_ij v_j. Where x is long the p_ij a_ij are larger than their sum, 1: HIGH takes them as hi + lo."""
     acc = tl.zeros((c.BM, c.DVP), tl.float32)
     for edge in tl.static_range(2):
         count = keys.tiles.edges if edge else keys.tiles.wholes
@@ -161,8 +168,13 @@ def output(rows, keys, solution, PARTS: tl.constexpr, c: tl.constexpr):
             K = load_keys(keys, n0, edge == 1, c)
             V = load_values(keys, n0, edge == 1, c)
             w = weights(rows, K, n0, keys, edge == 1, c)
-            pa = w * with_row(x_dot_k(solution, K, PARTS, c), solution.a0[:, None], c)
-            acc = tl.dot(pa.to(V.dtype), V, acc=acc, input_precision=c.PRECISION)
+            a = x_dot_k(solution, K, c.PARTS if CARE > 0 else c.FEWEST_PARTS, c)
+            pa = w * with_row(a, solution.a0[:, None], solution.a0_rest[:, None], CARE, c)
+            hi = pa.to(V.dtype)
+            acc = tl.dot(hi, V, acc=acc, input_precision=c.PRECISION)
+            if c.SPLIT_ALL and CARE > 0:
+                lo = (pa - hi.to(tl.float32)).to(V.dtype)
+                acc = tl.dot(lo, V, acc=acc, input_precision=c.PRECISION)
     return acc
 
 
@@ -191,6 +203,7 @@ def forward_kernel(
     lse_rest_ptr,
     near_ptr,
     a0_ptr,
+    a0_rest_ptr,
     damping_ptr,
     omega_ptr,
     logsumexp_ptr,
@@ -200,10 +213,10 @@ def forward_kernel(
     converged_ptr,
     c: tl.constexpr,
 ):
-    """SPLIT_BELOW: the weights of kbar and of the solve's products are hi + lo in hard rows, see ``is_hard``.
+    """SPLIT_ALL: the weights of kbar and of the solve's products are hi + lo, else in hard rows, see ``is_hard``.
 
     LAST_ABOVE: the last part of x is used if it moves some kc.x by more than this. BALANCED_ABOVE (inf: never): the
-    a_ij of a row are made to sum to 1 if |x.kbar| is larger, or if the rest is used.
+    a_ij of a row are made to sum to 1 if |x.kbar| is larger, which the last part goes with, or if the rest is used.
     """
     at = query_program(order, T, c)
     if c.CUT:
@@ -219,7 +232,7 @@ def forward_kernel(
     zeros = tl.zeros((c.BM,), tl.float32)
     rows = Rows(Q, zeros, zeros, tl.zeros((c.BM, c.DP), tl.float32), lam, intervals)
 
-    top, omega, kbar = statistics(rows, keys, c.SPLIT_BELOW == float("inf"), c)
+    top, omega, kbar = statistics(rows, keys, c.SPLIT_ALL, c)
     blind = intervals.end <= intervals.start
     if c.CUT:  # rows of the other part would only take steps
         blind = blind | (m0 + tl.arange(0, c.BM) >= stop)
@@ -236,7 +249,7 @@ def forward_kernel(
     kbar = tl.where(blind[:, None], 0.0, kbar)
     scale2 = key_scale(keys, c)
     hard = is_hard(lam, omega, scale2, c)
-    if (c.SPLIT_BELOW > 0.0) and (c.SPLIT_BELOW < float("inf")):
+    if (c.HARD_BELOW > 0.0) and not c.SPLIT_ALL:
         if some(hard):
             mean = mean_of_keys(Rows(Q, lse, lse_rest, kbar, lam, intervals), keys, c)
             kbar = tl.where(hard[:, None], mean, kbar)
@@ -252,28 +265,33 @@ def forward_kernel(
     used = hi.to(tl.float32)
     lo = as_operand(-x - used, Q.dtype, c.PRECISION)
     rest = lo
-    more = False  # whether the last part matters; if not, it is stored as 0, so that the backward pass uses the same x
+    care = 0
+    far = tl.abs(tl.sum(x * kbar, 1)) > c.BALANCED_ABOVE
+    # if the last part does not matter, it is stored as 0, so that the backward pass uses the same x
     if c.PARTS == 2:
-        more = matters(lo, scale2, c.LAST_ABOVE)
+        more = matters(lo, scale2, c.LAST_ABOVE) | some(far)
+        care = more.to(tl.int32)
+        if c.MOST_CARE == 2:
+            care += some(far).to(tl.int32)
         lo = tl.where(more, lo, 0.0).to(Q.dtype)
     if c.PARTS > 1:
         store_queries(head_base(x_lo, batch, T, head, c.HEADS, c.D), lo, m0, stop, c)
         used += lo.to(tl.float32)
     if c.PARTS == 3:
         rest = as_operand(-x - used, Q.dtype, c.PRECISION)
-        more = matters(rest, scale2, c.LAST_ABOVE)
+        more = matters(rest, scale2, c.LAST_ABOVE) | some(far)
+        care = more.to(tl.int32)
+        far = far | more
         rest = tl.where(more, rest, 0.0).to(Q.dtype)
         store_queries(head_base(x_rest, batch, T, head, c.HEADS, c.D), rest, m0, stop, c)
         used += rest.to(tl.float32)
     near = -tl.sum(used * kbar, 1)
     a0 = 1.0 + near
     if c.EXACT:
-        a0 = -mean_with(zeros, rows, keys, Solution(hi, lo, rest, near, zeros), c)
+        a0 = -mean_with(zeros, rows, keys, Solution(hi, lo, rest, near, zeros, zeros), c)
+    a0_rest = zeros
     if c.BALANCED_ABOVE < float("inf"):
-        chosen = tl.abs(near) > c.BALANCED_ABOVE
-        if c.PARTS == 3:
-            chosen = chosen | more
-        a0 = balanced(a0, chosen, rows, keys, Solution(hi, lo, rest, near, a0), c)
+        a0, a0_rest = balanced(a0, far, rows, keys, Solution(hi, lo, rest, near, a0, zeros), c)
     damping = total / (total + c.DELTA_EPS * (1.0 + tl.sum(m * x, 1)))
 
     store_rows(lse_ptr + row_base, lse, m0, stop, c.HEADS, c.BM)
@@ -284,6 +302,8 @@ def forward_kernel(
         store_rows(near_ptr + row_base, near, m0, stop, c.HEADS, c.BM)
     if c.EXACT or (c.BALANCED_ABOVE < float("inf")):
         store_rows(a0_ptr + row_base, a0, m0, stop, c.HEADS, c.BM)
+    if c.BALANCED_ABOVE < float("inf"):
+        store_rows(a0_rest_ptr + row_base, a0_rest, m0, stop, c.HEADS, c.BM)
     store_rows(damping_ptr + row_base, damping, m0, stop, c.HEADS, c.BM)
     store_rows(omega_ptr + row_base, omega, m0, stop, c.HEADS, c.BM)
     store_rows(iterations_ptr + row_base, solved.iterations, m0, stop, c.HEADS, c.BM)
@@ -291,10 +311,15 @@ def forward_kernel(
     store_rows(error_ptr + row_base, solved.error, m0, stop, c.HEADS, c.BM)
     store_rows(converged_ptr + row_base, solved.converged, m0, stop, c.HEADS, c.BM)
 
-    solution = Solution(hi, lo, rest, near, a0)
-    if more:
-        out = output(rows, keys, solution, c.PARTS, c)
+    solution = Solution(hi, lo, rest, near, a0, a0_rest)
+    if care > 0:
+        if c.MOST_CARE == 1:
+            out = output(rows, keys, solution, 1, c)
+        elif care == 1:
+            out = output(rows, keys, solution, 1, c)
+        else:
+            out = output(rows, keys, solution, 2, c)
     else:
-        out = output(rows, keys, solution, c.FEWEST_PARTS, c)
+        out = output(rows, keys, solution, 0, c)
     base = head_base(o, batch, T, head, c.HEADS, c.DV)
     store_tile(base, out * damping[:, None], m0, stop, c.HEADS * c.DV, c.DV, c.BM, c.DVP)

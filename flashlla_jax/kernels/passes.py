@@ -33,8 +33,9 @@ class Saved(NamedTuple):
     x_rest: Array
     lse: Array  # log2 of the softmax normaliser, of the keys relative to their origin (kernels/tiles.py, Rows)
     lse_rest: Array  # these three only where products keep all of float32
-    near: Array  # kernels/forward.py, Solution; a0 also for bfloat16
+    near: Array  # kernels/forward.py, Solution; a0 also for bfloat16, its rest only then
     a0: Array
+    a0_rest: Array
     damping: Array
     omega: Array
 
@@ -127,15 +128,15 @@ class Problem(NamedTuple):
         """How many batch entries have a visibility of their own: all, or one for all."""
         return max(x.shape[0] for x in (self.seen.start, self.seen.end, table.rows))
 
-    def constants(self, shape: Launch, table: Table, tau: float | None = None) -> Constants:
+    def constants(self, shape: Launch, table: Table, taus: tuple[float, float] | None = None) -> Constants:
         _, _, _, heads, kv_heads, dim, value_dim = self.shape
         options, arithmetic, mask = self.options, self.plan.arithmetic, self.seen.mask
         solver, delta_eps = _NO_SOLVER, 0.0
         if isinstance(options, Options):
             solver, delta_eps = options.solver, options.delta_eps
         # the key kernel has the fewer spills with one pipeline for both
-        few_edges = mask is None and tau is not None
-        rtol = (tau or 0.0) if solver.rtol is None else solver.rtol
+        few_edges = mask is None and taus is not None
+        rtol, hard_rtol = taus or (0.0, 0.0) if solver.rtol is None else (solver.rtol, solver.rtol)
         axes = [False] * 4 if mask is None else [n > 1 for n in mask.shape]
         return Constants(
             HEADS=heads,
@@ -157,7 +158,9 @@ class Problem(NamedTuple):
             ANCHORED=self.anchor is not None,
             PARTS=arithmetic.parts,
             FEWEST_PARTS=max(1, arithmetic.parts - 1),
-            SPLIT_BELOW=arithmetic.split_below,
+            MOST_CARE=arithmetic.most_care,
+            SPLIT_ALL=arithmetic.split_all,
+            HARD_BELOW=arithmetic.hard_below,
             LAST_ABOVE=arithmetic.last_above,
             CORRECTED_BELOW=0.0 if solver.rtol is not None else arithmetic.corrected_below,
             BALANCED_ABOVE=arithmetic.balanced_above,
@@ -169,7 +172,7 @@ class Problem(NamedTuple):
             PER_BATCH=self._visibilities(table) > 1,
             PER_HEAD=table.rows.shape[1] > 1,
             RTOL=rtol,
-            HARD_RTOL=rtol if solver.rtol is not None else rtol * arithmetic.hard_tau,
+            HARD_RTOL=hard_rtol,
             ENERGY=solver.rtol is None,
             ATOL=0.0 if solver.atol is None else solver.atol,
             MAX_ITERS=solver.max_iters,
@@ -191,7 +194,7 @@ def forward(
     shape = plan.forward
     table, programs = problem.by_queries(shape)
     row, exact_row = problem.row(), problem.exact_row()
-    o, x_hi, x_lo, x_rest, lse, lse_rest, near, a0, damping, omega, logsumexp, *of_solve = launch.call(
+    o, x_hi, x_lo, x_rest, lse, lse_rest, near, a0, a0_rest, damping, omega, logsumexp, *of_solve = launch.call(
         forward_kernel,
         programs,
         (query, problem.key, value, lam, *problem.visible(table), problem.origins(), problem.anchors()),
@@ -204,7 +207,8 @@ def forward(
             row,
             exact_row,
             exact_row,
-            problem.row_if(plan.arithmetic.exact or plan.arithmetic.balanced_above < math.inf),
+            problem.row_if(plan.arithmetic.exact or plan.arithmetic.balanced),
+            problem.row_if(plan.arithmetic.balanced),
             row,
             row,
             row,
@@ -217,7 +221,7 @@ def forward(
         problem.constants(shape, table, plan.arithmetic.forward_tau),
     )
     iterations, residual_norm, error, converged = of_solve
-    saved = Saved(x_hi, x_lo, x_rest, lse, lse_rest, near, a0, damping, omega)
+    saved = Saved(x_hi, x_lo, x_rest, lse, lse_rest, near, a0, a0_rest, damping, omega)
     return o, saved, Residuals(omega, logsumexp, iterations, residual_norm, error, converged != 0)
 
 
@@ -243,10 +247,8 @@ def backward(
     table, programs = problem.by_queries(shape)
     tiles = -(-T // shape.BM)
     pairs = jax.ShapeDtypeStruct((batch, heads, tiles * shape.BM, 2), jnp.float32)
-    nears, rests = pairs, jax.ShapeDtypeStruct(pairs.shape[:3], jnp.float32)
-    if not plan.arithmetic.exact:
-        nears = rests = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
-    dq, dlam, u_hi, u_lo, *of_rows, more = launch.call(
+    none = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
+    dq, dlam, u_hi, u_lo, *of_rows, care = launch.call(
         query_kernel,
         programs,
         (query, problem.key, value, lam, *problem.visible(table), origin, *saved, g),
@@ -258,8 +260,9 @@ def backward(
             problem.solution(2),
             pairs,
             pairs,
-            nears,
-            rests,
+            pairs if plan.arithmetic.balanced else none,
+            pairs if plan.arithmetic.exact else none,
+            jax.ShapeDtypeStruct(pairs.shape[:3], jnp.float32) if plan.arithmetic.exact else none,
             problem.row(jnp.int32),
         ),
         shape,
@@ -270,7 +273,7 @@ def backward(
     dk, dv = launch.call(
         key_kernel,
         -(-S // shape.BN) * batch * kv_heads,
-        (query, problem.key, value, *problem.visible(table), origin, *saved[:3], u_hi, u_lo, g, *of_rows, more),
+        (query, problem.key, value, *problem.visible(table), origin, *saved[:3], u_hi, u_lo, g, *of_rows, care),
         (T, S),
         (jax.ShapeDtypeStruct(key.shape, key.dtype), jax.ShapeDtypeStruct(value.shape, value.dtype)),
         shape,

@@ -39,19 +39,29 @@ class Arithmetic(NamedTuple):
     upcast: bool  # tiles to float32 after loading
     precision: str  # of a float32 product
     parts: int  # of x: one, hi and lo, or hi, lo and rest; u has two at the most
-    split_below: float  # weights too, where lambda < split_below * (variance of a key's feature) / sqrt(omega)
+    split_all: bool  # the weights of all rows are hi and lo, not only those of hard ones
+    hard_below: float  # a row is hard where lambda < hard_below * (variance of a key's feature) / sqrt(omega)
     last_above: float  # the last part of x is used where it moves kc.x by more than this
     corrected_below: float  # u is corrected once in rows where the b_ij keep less than this share of gamma's variance
     balanced_above: float  # the |x.kbar| above which the a_ij of a row are made to sum to 1
-    forward_tau: float  # the stop: |r|^2 <= tau lambda x.Ax
-    backward_tau: float
-    hard_tau: float  # tau of a hard row, in units of the others'
+    forward_tau: tuple[float, float]  # the stop: |r|^2 <= tau lambda x.Ax, the second in hard rows
+    backward_tau: tuple[float, float]
     finish: bool  # whether these stops count on a last step that takes no product, see kernels/solver.py
 
     @property
     def exact(self) -> bool:
         """Whether products keep all of float32, so that smaller losses beside them are worth avoiding."""
         return self.upcast and self.precision != "tf32"
+
+    @property
+    def balanced(self) -> bool:
+        """Whether some a_ij are made to sum to 1."""
+        return self.balanced_above < math.inf
+
+    @property
+    def most_care(self) -> int:
+        """Of a tile's last passes: ``kernels/constants.py``. With hi and lo alone balanced rows are the fewer ones."""
+        return 2 if self.parts == 2 and self.balanced else min(1, self.parts - 1)
 
 
 class Plan(NamedTuple):
@@ -166,12 +176,12 @@ def refusal(query: Any, value: Any) -> str | None:
 def _arithmetic(dtype: jnp.dtype, precision: lax.Precision) -> Arithmetic:
     if dtype == jnp.bfloat16 and precision != lax.Precision.HIGHEST:
         if precision == lax.Precision.HIGH:
-            return Arithmetic(False, "tf32", 3, math.inf, 1e-4, 0.03, 512.0, 1e-7, 1e-8, 1.0, True)
-        return Arithmetic(False, "tf32", 2, 0.3, 1e-3, 0.0, 2048.0, 1.5e-5, 6e-6, 0.05, True)
+            return Arithmetic(False, "tf32", 3, True, 0.1, 1e-4, 0.03, 512.0, (1e-7, 1e-7), (1e-8, 1e-8), True)
+        return Arithmetic(False, "tf32", 2, False, 0.3, 1e-3, 0.0, 2048.0, (1.5e-5, 7.5e-7), (6e-6, 1e-8), True)
     if precision == lax.Precision.DEFAULT:
-        return Arithmetic(True, "tf32", 2, 0.0, 0.0, 0.0, math.inf, 1e-7, 1e-7, 1.0, False)
+        return Arithmetic(True, "tf32", 2, False, 0.0, 0.0, 0.0, math.inf, (1e-7, 1e-7), (1e-7, 1e-7), False)
     name, tau = ("tf32x3", 1e-12) if precision == lax.Precision.HIGH else ("ieee", 1e-13)
-    return Arithmetic(True, name, 1, 0.0, 0.0, 0.0, math.inf, tau, tau, 1.0, False)
+    return Arithmetic(True, name, 1, False, 0.0, 0.0, 0.0, math.inf, (tau, tau), (tau, tau), False)
 
 
 def capability_here() -> int:

@@ -1,8 +1,12 @@
 """Conjugate gradients on A_i = Cov_p(k, k) + lambda_i I for the queries of one tile, in registers.
 
-Every step passes once over the visible keys and computes their weights again: three products of tiles (four with
-SPLIT). The search direction is rounded to the inputs' dtype first. The product and the updates both use the rounded
-one, so x and r stay consistent (docs/design.md, Numerics).
+Every step passes once over the visible keys and computes their weights again: three products of tiles (four if the
+weights are hi + lo, five if the direction is too). The search direction is rounded to the inputs' dtype first. The
+product and the updates both use the rounded one, so x and r stay consistent (docs/design.md, Numerics).
+
+The directions stay conjugate only as well as they are rounded. If a few keys are far longer than the rest, A has
+eigenvalues of 1e5 lambda and more, and a direction of 8 bits brings the error along them back again and again. So in
+hard rows the direction is hi + lo, of 16 bits.
 """
 
 from typing import NamedTuple
@@ -36,10 +40,23 @@ class Solve(NamedTuple):
 
 
 @triton.jit
-def matvec(p, rows, keys, hard, SPLIT: tl.constexpr, c: tl.constexpr):
-    """A p for every row of the tile, p in the products' dtype. SPLIT: the weights of hard rows are hi + lo."""
-    p32 = p.to(tl.float32)
-    offset = tl.sum(p32 * rows.kbar, 1)
+def direction(p, hard, dtype: tl.constexpr, HARD: tl.constexpr, c: tl.constexpr):
+    """p as the products take it, in float32: rounded to hi. HARD: to the sum of hi + lo in hard rows.
+
+    In float32 it takes fewer registers around the products than in the operands' dtype.
+    """
+    rounded = as_operand(p, dtype, c.PRECISION).to(tl.float32)
+    if HARD:
+        rounded += tl.where(hard[:, None], as_operand(p - rounded, dtype, c.PRECISION).to(tl.float32), 0.0)
+    return rounded
+
+
+@triton.jit
+def matvec(p, rows, keys, hard, HARD: tl.constexpr, c: tl.constexpr):
+    """A p for every row of the tile, p a ``direction``. HARD: the weights of hard rows are hi + lo too."""
+    hi = as_operand(p, rows.Q.dtype, c.PRECISION)
+    lo = as_operand(p - hi.to(tl.float32), rows.Q.dtype, c.PRECISION)
+    offset = tl.sum(p * rows.kbar, 1)
     acc = tl.zeros((c.BM, c.DP), tl.float32)
     sums = tl.zeros((c.BM, 16), tl.float32)
     for edge in tl.static_range(2):
@@ -48,12 +65,16 @@ def matvec(p, rows, keys, hard, SPLIT: tl.constexpr, c: tl.constexpr):
             n0 = key_tile(keys, i, edge == 1, c)
             K = load_keys(keys, n0, edge == 1, c)
             w = weights(rows, K, n0, keys, edge == 1, c)
-            t = w * (tl.dot(p, tl.trans(K), input_precision=c.PRECISION) - offset[:, None])
-            if SPLIT:
+            products = tl.zeros((c.BM, c.BN), tl.float32)
+            if HARD:
+                products = tl.dot(lo, tl.trans(K), acc=products, input_precision=c.PRECISION)
+            products = tl.dot(hi, tl.trans(K), acc=products, input_precision=c.PRECISION)
+            t = w * (products - offset[:, None])
+            if HARD:
                 t = rounded_unless(hard, t, K.dtype, c)
-            acc, sums = rounded_product(t, K, acc, sums, SPLIT, c.PRECISION)
+            acc, sums = rounded_product(t, K, acc, sums, HARD or c.SPLIT_ALL, c.PRECISION)
     total = one_column(sums)
-    return acc - total[:, None] * rows.kbar + rows.lam[:, None] * p32
+    return acc - total[:, None] * rows.kbar + rows.lam[:, None] * p
 
 
 @triton.jit
@@ -81,7 +102,19 @@ def bound(rtol, scale, c: tl.constexpr):
 
 
 @triton.jit
-def solve(rhs, rows, keys, hard, c: tl.constexpr, SLACK: tl.constexpr = 1.0):
+def solve(rhs, rows, keys, hard, c: tl.constexpr):
+    """A ``Solve`` of A x = rhs for each row, with more care in the rows that are ``hard`` (HARD_BELOW)."""
+    if c.HARD_BELOW == 0.0:
+        solved = conjugate_gradients(rhs, rows, keys, hard, False, c)
+    elif some(hard):
+        solved = conjugate_gradients(rhs, rows, keys, hard, True, c)
+    else:
+        solved = conjugate_gradients(rhs, rows, keys, hard, False, c)
+    return solved
+
+
+@triton.jit
+def conjugate_gradients(rhs, rows, keys, hard, HARD: tl.constexpr, c: tl.constexpr, SLACK: tl.constexpr = 1.0):
     """A ``Solve`` of A x = rhs for each row.
 
     A row stops when |r|^2 <= RTOL max(ATOL, scale). ENERGY: the scale is lambda E. Here E is x.Ax, to which each step
@@ -94,8 +127,8 @@ def solve(rhs, rows, keys, hard, c: tl.constexpr, SLACK: tl.constexpr = 1.0):
     the steps' factors, and to no less than 1/5. The loop ends when that estimate is below the bound. For random keys
     this saves a step if lambda is large, and halves the error if it is small.
 
-    A product's weights are carried as hi + lo always where SPLIT_BELOW is inf, never where it is 0, else in the rows
-    that are ``hard``. There HARD_RTOL takes the place of RTOL. SLACK is a factor of both.
+    HARD: directions and products' weights are hi + lo in the rows that are ``hard``. There HARD_RTOL takes the place
+    of RTOL. SLACK is a factor of both. A row's bits do not depend on HARD if it is not ``hard``.
     """
     if c.PRECONDITION:
         scaling = inverse_diagonal(rows, keys, c)
@@ -104,13 +137,12 @@ def solve(rhs, rows, keys, hard, c: tl.constexpr, SLACK: tl.constexpr = 1.0):
     rr = tl.sum(r * r, 1)
     energy = tl.zeros((c.BM,), tl.float32)
     rtol = tl.where(hard, c.HARD_RTOL, c.RTOL) * SLACK
-    split = some(hard)
     stop = bound(rtol, energy if c.ENERGY else rr, c)
     if c.PRECONDITION:
-        p = as_operand(r * scaling, rows.Q.dtype, c.PRECISION)
+        p = direction(r * scaling, hard, rows.Q.dtype, HARD, c)
         rz = tl.sum(r * r * scaling, 1)
     else:
-        p = as_operand(r, rows.Q.dtype, c.PRECISION)
+        p = direction(r, hard, rows.Q.dtype, HARD, c)
         rz = rr
     iterations = tl.zeros((c.BM,), tl.int32)
     shortest = tl.full((c.BM,), float("inf"), tl.float32)
@@ -119,21 +151,17 @@ def solve(rhs, rows, keys, hard, c: tl.constexpr, SLACK: tl.constexpr = 1.0):
     step = 0
     going = tl.max(live.to(tl.int32), 0)
     while (step < c.MAX_ITERS) & (going > 0):
-        if (c.SPLIT_BELOW == 0.0) or (c.SPLIT_BELOW == float("inf")):
-            product = matvec(p, rows, keys, hard, c.SPLIT_BELOW > 0.0, c)
-        elif split:
-            product = matvec(p, rows, keys, hard, True, c)
-        else:
-            product = matvec(p, rows, keys, hard, False, c)
-        p32 = p.to(tl.float32)
-        curvature = tl.sum(p32 * product, 1)
+        product = tl.zeros((c.BM, c.DP), tl.float32)
+        if keys.tiles.wholes + keys.tiles.edges > 0:  # without a branch Triton 3.6 does not compile this for Blackwell
+            product = matvec(p, rows, keys, hard, HARD, c)
+        curvature = tl.sum(p * product, 1)
         live = live & (curvature > 0)
         # the direction was rounded: its own projection of r, not |r|^2, gives the minimum along it
-        along = tl.sum(p32 * r, 1)
+        along = tl.sum(p * r, 1)
         alpha = tl.where(live, along / tl.where(live, curvature, 1.0), 0.0)
         energy += alpha * along
         # a row at rest must not pick up 0 * NaN or 0 * inf
-        x = tl.where(live[:, None], x + alpha[:, None] * p32, x)
+        x = tl.where(live[:, None], x + alpha[:, None] * p, x)
         r = tl.where(live[:, None], r - alpha[:, None] * product, r)
         rr_new = tl.sum(r * r, 1)
         if c.FINISH:
@@ -148,7 +176,7 @@ def solve(rhs, rows, keys, hard, c: tl.constexpr, SLACK: tl.constexpr = 1.0):
             rz_new = rr
         beta = tl.where(live, rz_new / tl.where(live, rz, 1.0), 0.0)
         rz = tl.where(live, rz_new, rz)
-        p = as_operand(tl.where(live[:, None], z + beta[:, None] * p32, p32), rows.Q.dtype, c.PRECISION)
+        p = direction(tl.where(live[:, None], z + beta[:, None] * p, p), hard, rows.Q.dtype, HARD, c)
         iterations += live.to(tl.int32)
         if c.ENERGY:
             stop = bound(rtol, rows.lam * energy, c)
@@ -161,7 +189,7 @@ def solve(rhs, rows, keys, hard, c: tl.constexpr, SLACK: tl.constexpr = 1.0):
         step += 1
     if c.FINISH:
         begun = (iterations > 0) & (shortest > 0)
-        x = tl.where(begun[:, None], x + shortest[:, None] * p.to(tl.float32), x)
+        x = tl.where(begun[:, None], x + shortest[:, None] * p, x)
         rr *= tl.where(begun, factor, 1.0)
     # 0 if there was nothing to do, and 1 if no step was made
     error = tl.sqrt(rr / tl.where(energy > 0.0, rows.lam * energy, tl.where(rr > 0.0, rr, 1.0)))

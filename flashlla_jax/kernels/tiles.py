@@ -316,12 +316,26 @@ def weights(rows, K, n0, keys, EDGE: tl.constexpr, c: tl.constexpr):
 
 
 @triton.jit
-def with_row(products, a0, c: tl.constexpr):
-    """a_ij, from a product and its row's number. EXACT: 1 is added last, after the large parts have cancelled."""
+def with_row(products, a0, a0_rest, CARE: tl.constexpr, c: tl.constexpr):
+    """a_ij, from a product and its row's numbers. What is small comes last, after the large parts have cancelled.
+
+    That is 1, if EXACT. Else it is a0_rest, with the most CARE.
+    """
     a = products + a0
     if c.EXACT:
         a += 1.0
+    elif (CARE == c.MOST_CARE) and (c.BALANCED_ABOVE < float("inf")):
+        a += a0_rest
     return a
+
+
+@triton.jit
+def with_b0(products, b0, b0_rest, CARE: tl.constexpr, c: tl.constexpr):
+    """b_ij, as ``with_row`` forms a_ij."""
+    b = products + b0
+    if (CARE == c.MOST_CARE) and (c.BALANCED_ABOVE < float("inf")):
+        b += b0_rest
+    return b
 
 
 @triton.jit
@@ -353,7 +367,7 @@ def is_hard(lam, omega, scale2, c: tl.constexpr):
     The ridge has to be large beside that share of the covariance. If one key holds a quarter of the weight, the
     covariance of the tile's keys says little of the row's own.
     """
-    return (lam * tl.sqrt(omega) < c.SPLIT_BELOW * scale2) & (omega > 0.0) | one_key_dominates(omega)
+    return (lam * tl.sqrt(omega) < c.HARD_BELOW * scale2) & (omega > 0.0) | one_key_dominates(omega)
 
 
 @triton.jit
@@ -365,7 +379,7 @@ def some(rows):
 @triton.jit
 def rounded_unless(hard, t, dtype: tl.constexpr, c: tl.constexpr):
     """Weights, rounded to one half in rows that are not hard: a row's bits must not depend on the rows beside it."""
-    if c.SPLIT_BELOW < float("inf"):
+    if not c.SPLIT_ALL:
         t = tl.where(hard[:, None], t, t.to(dtype).to(tl.float32))
     return t
 

@@ -87,7 +87,7 @@ def test_16_bit_operands(kind: str, tiles: Launch) -> None:
     """
     inputs = draw(SMALL, "float16", kind)
     probe = draw_probe(inputs)
-    with interpreting(tiles, narrow(0.0, 2, 0.0, 0.0, float("inf"))) as launches:
+    with interpreting(tiles, narrow(hard_below=0.0, last_above=0.0, balanced_above=float("inf"))) as launches:
         outputs_and_gradients.cache_clear()
         got = evaluate(inputs, probe, implementation="triton")
     assert not any(launch["UPCAST"] for launch in launches)

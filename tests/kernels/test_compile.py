@@ -66,7 +66,7 @@ class Report(NamedTuple):
         return re.findall(r"\((C\d+)\) Potential Performance Loss: wgmma", self.log)
 
 
-# Every entry of the launch table, each on the oldest GPU that it serves, the usual one on Blackwell, what else the
+# Every entry of the launch table, each on the oldest GPU that it serves, two on Blackwell, what else the
 # kernels do in bfloat16 at HIGH, and the usual ones with keys hidden otherwise. But for a head dimension of 256 before
 # Hopper, which is beyond the registers by tens of kB: right, but slow, and minutes to compile.
 ENTRIES = [
@@ -77,7 +77,8 @@ ENTRIES = [
         for dim in entries
         if capability >= 90 or dim < 256
     ),
-    *(Entry(100, kernel, "bfloat16", 64) for kernel in KERNELS),
+    Entry(100, "query", "bfloat16", 64),
+    Entry(100, "forward", "bfloat16", 64),
     *(Entry(90, kernel, "bfloat16", dim, "high") for kernel in KERNELS for dim in (64, 128)),
     # what one kernel makes of ids and of a mask tells of the others: all of them take minutes
     *(Entry(90, kernel, "bfloat16", 64, hidden=how) for kernel in ("query", "key") for how in ("segments", "mask")),
@@ -89,34 +90,40 @@ ENTRIES = [
 
 # Bytes of register spills (stores) that an entry may have: what Triton 3.8 and its assembler make of it, as measured,
 # with a quarter and 64 for the next version's. x, r and kbar of a whole tile outlive the loops over the keys and are
-# kept in memory meanwhile, so there are always some; a wrong tile shape shows as ten times as many. Keys hidden
-# otherwise than causally have the same bound, or one of their own.
+# kept in memory meanwhile, so there are always some; a wrong tile shape shows as ten times as many. 16 bits have two
+# solves: that of tiles with hard rows is counted too. Keys hidden otherwise than causally have the same bound, or their
+# own.
 SPILLS = {
     (90, "bfloat16", "high"): {
-        64: {"forward": 732, "query": 2012, "key": 132},
-        128: {"forward": 2896, "query": 7276, "key": 156},
+        64: {"forward": 1936, "query": 2848, "key": 144},
+        128: {"forward": 7972, "query": 10788, "key": 156},
     },
     (90, "bfloat16", "default"): {
-        64: {"forward": 1424, "query": 2184, "key": 172},
-        128: {"forward": 2768, "query": 5080, "key": 544},
-        256: {"forward": 9116, "query": 15456, "key": 8448},
+        64: {"forward": 2056, "query": 2964, "key": 124},
+        128: {"forward": 7632, "query": 7500, "key": 132},
+        256: {"forward": 17580, "query": 22824, "key": 7764},
     },
     (80, "bfloat16", "default"): {
-        64: {"forward": 1220, "query": 1732, "key": 40},
-        128: {"forward": 2244, "query": 4568, "key": 436},
+        64: {"forward": 772, "query": 1408, "key": 24},
+        128: {"forward": 3756, "query": 4440, "key": 64},
     },
     (80, "float32", "default"): {
-        64: {"forward": 560, "query": 1160, "key": 28},
-        128: {"forward": 1988, "query": 5044, "key": 168},
+        64: {"forward": 532, "query": 1148, "key": 28},
+        128: {"forward": 2072, "query": 5064, "key": 168},
     },
-    (90, "bfloat16", "default", "window"): {64: {"forward": 620, "query": 696}},
+    (90, "bfloat16", "default", "window"): {64: {"forward": 920, "query": 888}},
     # two kinds of loads more, and a pipeline for the compared tiles too
-    (80, "float32", "default", "mask"): {64: {"forward": 1208, "query": 1736, "key": 20}},
+    (90, "bfloat16", "default", "mask"): {64: {"query": 3024, "key": 348}},
+    (80, "float32", "default", "mask"): {64: {"query": 1784}},
 }
 
 
 # What Triton 3.6 makes of some.
-SPILLS_BY_TRITON_3_6 = {(90, "bfloat16", "default", "segments"): {64: {"query": 2184, "key": 408}}}
+SPILLS_BY_TRITON_3_6 = {
+    Entry(90, "key", "bfloat16", 256): 9904,
+    Entry(90, "key", "bfloat16", 64, hidden="segments"): 468,
+    Entry(80, "forward", "bfloat16", 64): 1116,
+}
 
 
 @cache
@@ -239,8 +246,9 @@ def test_fits(entry: Entry, report: Callable[[Entry], Report]) -> None:
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e.capability < 100], ids=str)
 def test_spills_no_more_than_known(entry: Entry, report: Callable[[Entry], Report]) -> None:
     usual = (entry.capability, entry.dtype, entry.precision)
-    table = SPILLS | (SPILLS_BY_TRITON_3_6 if version("triton").startswith("3.6.") else {})
-    known = table.get((*usual, entry.hidden), table[usual])[entry.dim][entry.kernel]
+    known = SPILLS.get((*usual, entry.hidden), SPILLS[usual])[entry.dim][entry.kernel]
+    if version("triton").startswith("3.6."):
+        known = SPILLS_BY_TRITON_3_6.get(entry, known)
     assert report(entry).spill_stores <= 1.25 * known + 64, report(entry).log
 
 

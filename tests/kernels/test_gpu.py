@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from flashlla_jax import default_implementation, lla_attention
-from tests.cases import GRADIENTS, KINDS, RIDGES, Inputs, Shape, draw, evaluate, relative_error, truth
+from tests.cases import ALL_KINDS, GRADIENTS, RIDGES, Inputs, Shape, draw, evaluate, relative_error, truth
 from tests.hard_key_tests import HardKeyTests
 from tests.implementation_tests import SHAPES, ImplementationTests
 
@@ -71,7 +71,7 @@ HARD_BOUNDS = {10.0: (8e-3, 1.5e-2), 1.0: (8e-3, 1.5e-2), 0.1: (1e-2, 3e-2), 0.0
 
 
 @pytest.mark.parametrize("ridge", RIDGES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("dim", [64, 128])
 def test_bfloat16_default_accuracy(dim: int, kind: str, ridge: float) -> None:
     shape = Shape(queries=512, keys=512, dim=dim, value_dim=dim)
@@ -85,7 +85,7 @@ def test_bfloat16_default_accuracy(dim: int, kind: str, ridge: float) -> None:
     assert all(errors[name] <= slack * (o if name in ("o", "dv") else gradient) for name in errors), errors
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("ridge", RIDGES)
 def test_float32_highest_against_xla(kind: str, ridge: float) -> None:
     """At most three times the XLA path's error on the same inputs, or 2e-6, a few roundings of a sum."""
