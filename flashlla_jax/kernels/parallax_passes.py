@@ -59,7 +59,7 @@ def forward(
             problem.row(),
         ),
         shape,
-        problem.constants(shape, table, 0.0),
+        problem.constants(shape, table, (0.0, 0.0)),
     )
     return o, Saved(vbar, excess, lse, lse_rest, t), ParallaxResiduals(omega, logsumexp)
 
@@ -99,7 +99,7 @@ def backward(
             rests,
         ),
         shape,
-        problem.constants(shape, table, 0.0),
+        problem.constants(shape, table, (0.0, 0.0)),
     )
     shape = plan.key
     table = by_key_tiles(seen, S, shape.BM, shape.BN)
