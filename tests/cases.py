@@ -121,7 +121,9 @@ def _sink(q: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> tuple[np.nd
     return q + 0.5, k
 
 
-KINDS: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
+Kind = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+
+KINDS: dict[str, Kind] = {
     "iid": _iid,
     "anisotropic": _anisotropic,
     "peaky": _peaky,
@@ -136,13 +138,13 @@ KINDS: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
 ALL_KINDS = KINDS | {"varied": _varied, "sink": _sink}
 
 
-def draw(shape: Shape, dtype: Any = jnp.float64, kind: str = "iid", seed: int = 0) -> Inputs:
+def draw(shape: Shape, dtype: Any = jnp.float64, kind: str | Kind = "iid", seed: int = 0) -> Inputs:
     rng = np.random.default_rng(seed)
     q = rng.normal(size=(shape.batch, shape.queries, shape.heads, shape.dim))
     k = rng.normal(size=(shape.batch, shape.keys, shape.kv_heads, shape.dim))
     v = rng.normal(size=(shape.batch, shape.keys, shape.kv_heads, shape.value_dim))
     g = rng.normal(size=(shape.batch, shape.queries, shape.heads, shape.value_dim))
-    q, k = ALL_KINDS[kind](q, k, rng)
+    q, k = (ALL_KINDS[kind] if isinstance(kind, str) else kind)(q, k, rng)
     return Inputs(*(jnp.asarray(x).astype(dtype) for x in (q, k, v, g)))
 
 
