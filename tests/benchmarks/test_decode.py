@@ -10,6 +10,7 @@ import pytest
 from benchmarks import decode
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_a_script")
 def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")

@@ -215,6 +215,7 @@ def test_an_empty_axis_can_be_mapped() -> None:
     assert kernels(jax.vmap(gradients(SMALL)), *args) == 3
 
 
+@pytest.mark.slow
 def test_where_there_is_no_gpu_the_choice_is_the_xla_path() -> None:
     inputs = draw(SMALL, "float32")
     args = (*inputs[:3], jnp.full(SMALL.ridge, 0.5, jnp.float32))

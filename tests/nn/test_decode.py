@@ -64,8 +64,8 @@ def worst(got: jax.Array, expected: jax.Array) -> float:
 @pytest.mark.parametrize(
     ("variant", "dtype", "cuts"),
     [
-        ("plain", "float32", ONE_BY_ONE),
-        ("all", "float32", PORTIONS),
+        pytest.param("plain", "float32", ONE_BY_ONE, marks=pytest.mark.slow),
+        pytest.param("all", "float32", PORTIONS, marks=pytest.mark.slow),
         ("all", "bfloat16", PORTIONS),
     ],
     ids=["plain float32 one by one", "all float32 portions", "all bfloat16 portions"],

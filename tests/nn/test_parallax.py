@@ -57,6 +57,7 @@ def test_the_layer_is_the_operator() -> None:
     np.testing.assert_allclose(wide[:, 10:], layer(X[:, 10:]), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_decoding_equals_the_whole(name: str) -> None:
     """A prompt of more than a decode step takes, then single tokens, then three."""
@@ -68,6 +69,7 @@ def test_decoding_equals_the_whole(name: str) -> None:
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), whole, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_ragged_prompts() -> None:
     layer = trained(rope=100.0)
     layer.init_cache((2, 24, 32))
@@ -90,6 +92,7 @@ def test_linen_is_the_same(name: str) -> None:
     np.testing.assert_allclose(twin.apply({"params": parameters}, X), layer(X), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_linen_decodes() -> None:
     settings = SETTINGS["rope, grouped, normalised"]
     layer = trained(**settings)

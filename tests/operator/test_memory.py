@@ -28,6 +28,7 @@ def temporaries(length: int, backward: bool) -> int:
     return analysis.temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
 class TestLinearMemory:
     def test_grows_as_the_length(self, backward: bool) -> None:

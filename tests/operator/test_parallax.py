@@ -22,6 +22,7 @@ from tests.parallax_tests import NAMES, ParallaxTests, draw_probe, evaluate, out
 SMALL = Shape(2, 7, 10, 4, 2, 5, 3)
 
 
+@pytest.mark.slow
 class TestParallaxBlockwise(ParallaxTests):
     implementation = "xla"
 
@@ -97,6 +98,7 @@ def test_rank_3() -> None:
     )
 
 
+@pytest.mark.slow
 def test_transforms() -> None:
     """vmap folds into the batch, checkpoint changes nothing, and a gradient has a derivative in forward mode."""
     inputs = draw(Shape(3, 20, 20, 2, 1, 8, 8), "float64")
