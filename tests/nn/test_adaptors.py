@@ -56,6 +56,7 @@ def our_gradient(x: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("api", ["nnx", "linen"])
 class TestInside:
+    @pytest.mark.slow
     def test_is_llattention(self, api: str) -> None:
         x = inputs()
         expected = call(module(ridge_lambda=RIDGE), x)

@@ -76,6 +76,7 @@ class TestSowing:
         # a row that was cut off has a larger error than any that reached the stop
         assert sown.relative_error[~sown.converged].min() > sown.relative_error[sown.converged].max()
 
+    @pytest.mark.slow
     def test_output_and_gradient_are_the_same(self, api: str) -> None:
         def loss(watched: bool) -> Any:
             return jax.value_and_grad(lambda x: jnp.sum(sown_by(api, x, sow_residuals=watched)[0] ** 2))(inputs())

@@ -95,6 +95,7 @@ def test_agrees_with_the_reference(shape: Shape, seed: int, scales: tuple[float,
     assert relative_error(got, expected, float(jnp.linalg.norm(inputs.v))) <= tolerance
 
 
+@pytest.mark.slow
 @properties
 @given(shapes, seeds, st.tuples(st.floats(-1, 1), st.floats(-1, 1), exponents), st.floats(-1, 8))
 def test_distance_from_softmax(shape: Shape, seed: int, scales: tuple[float, float, float], ridge: float) -> None:
@@ -120,6 +121,7 @@ def test_units_of_the_key(shape: Shape, seed: int, c: float, ridge: float) -> No
     assert relative_error(after, before, float(jnp.linalg.norm(v))) <= 1e-11
 
 
+@pytest.mark.slow
 @properties
 @given(st.permutations(range(3)), st.permutations(range(2)), st.permutations(range(2)), seeds)
 def test_batches_and_heads_are_alike(batch: list[int], groups: list[int], members: list[int], seed: int) -> None:
