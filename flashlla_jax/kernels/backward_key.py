@@ -20,8 +20,8 @@ from flashlla_jax.kernels.tiles import (
     load_rows,
     log_weights,
     store_tile,
+    with_a0,
     with_b0,
-    with_row,
 )
 from flashlla_jax.kernels.visible import (
     Tiles,
@@ -121,7 +121,7 @@ def key_gradients(dk, dk_u, dv, at, queries, CARE: tl.constexpr, c: tl.constexpr
             a0_rest, b0_rest = a0, b0
             if (CARE == c.MOST_CARE) and (c.BALANCED_ABOVE < float("inf")):
                 a0_rest, b0_rest = load_pairs(queries.rests, m0, c.BM)
-            a = with_row(a, a0[None, :], a0_rest[None, :], CARE, c)
+            a = with_a0(a, a0[None, :], a0_rest[None, :], CARE, c)
             pa = (w * a).to(K.dtype)
             dv = tl.dot(pa, G, acc=dv, input_precision=c.PRECISION)
             if c.DP <= 64:  # a sum of its own, so that no product of this tile waits for another; wider: no registers

@@ -14,6 +14,7 @@ from flashlla_jax.kernels.solver import conjugate_gradients, solve
 from flashlla_jax.kernels.tiles import (
     Rows,
     as_operand,
+    as_two_operands,
     head_base,
     is_hard,
     key_scale,
@@ -24,6 +25,7 @@ from flashlla_jax.kernels.tiles import (
     load_rows,
     load_tile,
     load_values,
+    moved,
     one_column,
     one_key_dominates,
     query_program,
@@ -34,8 +36,8 @@ from flashlla_jax.kernels.tiles import (
     store_queries,
     store_rows,
     weights,
+    with_a0,
     with_b0,
-    with_row,
 )
 from flashlla_jax.kernels.visible import key_tile, load_intervals, visible_to_queries
 
@@ -152,8 +154,7 @@ def corrected(u, needed, rows, G, gbar, keys, hard, c: tl.constexpr):
     gathered from the b_ij themselves, so that it is rounded like these: sum_j p_ij b_ij kc_ij - lambda u. A few digits
     of the correction will do. By definition the b_ij have a mean of 0; gbar takes up what they have.
     """
-    hi = as_operand(-u, rows.Q.dtype, c.PRECISION)
-    lo = as_operand(-u - hi.to(tl.float32), rows.Q.dtype, c.PRECISION)
+    hi, lo = as_two_operands(-u, rows.Q.dtype, c.PRECISION)
     used = hi.to(tl.float32) + lo.to(tl.float32)
     b0 = -tl.sum(used * rows.kbar, 1) - gbar
     mean = tl.zeros((c.BM,), tl.float32)
@@ -204,18 +205,6 @@ def mean_of_b(b0, rows, G, keys, u_hi, u_lo, near_u, c: tl.constexpr):
 
 
 @triton.jit
-def settled(b0, chosen, rows, G, keys, u_hi, u_lo, near_u, c: tl.constexpr):
-    """b0, moved in the chosen rows so that their b_ij sum to 0, and what rounding it left.
-
-    If one key has all the weight, its b_ij is nothing but the rounding of gbar; and x, which is m / lambda then, makes
-    as much of dk of it.
-    """
-    move = tl.where(chosen, -mean_of_b(b0, rows, G, keys, u_hi, u_lo, near_u, c), 0.0)
-    moved = b0 + move
-    return moved, move - (moved - b0)
-
-
-@triton.jit
 def query_gradient(rows, G, keys, solutions, CARE: tl.constexpr, c: tl.constexpr):
     """sum_j ds_ij k_j, the ds_ij summing to 0.
 
@@ -247,7 +236,7 @@ def query_gradient(rows, G, keys, solutions, CARE: tl.constexpr, c: tl.constexpr
             b = tl.dot(solutions.u_hi, tl.trans(K), acc=b, input_precision=c.PRECISION)
             if c.EXACT:
                 b = tl.dot(G, tl.trans(V), acc=b, input_precision=c.PRECISION)
-            a = with_row(a, solutions.a0[:, None], solutions.a0_rest[:, None], CARE, c)
+            a = with_a0(a, solutions.a0[:, None], solutions.a0_rest[:, None], CARE, c)
             b = with_b0(b, solutions.b0[:, None], solutions.b0_rest[:, None], CARE, c)
             ds = w * (a * b + solutions.c0[:, None])
             acc, sums = rounded_product(ds, K, acc, sums, False, c.PRECISION)
@@ -382,8 +371,10 @@ def query_kernel(
         dominated = one_key_dominates(omega)
         if c.MOST_CARE == 2:
             care *= 1 + some(dominated | (a0_rest != 0.0)).to(tl.int32)
+        # if one key has all the weight, its b_ij is the rounding of gbar, and x is m / lambda: that would be all of dk
         if (care == c.MOST_CARE) & some(dominated):
-            b0, b0_rest = settled(b0, dominated, rows, G, keys, u_hi, u_lo, near_u, c)
+            mean = mean_of_b(b0, rows, G, keys, u_hi, u_lo, near_u, c)
+            b0, b0_rest = moved(b0, tl.where(dominated, -mean, 0.0))
         store_pairs(rests_ptr + pairs, tl.where(valid, a0_rest, 0.0), tl.where(valid, b0_rest, 0.0), at, c)
     if c.PARTS > 1:
         store_rows(care_ptr + row_base, tl.zeros((c.BM,), tl.int32) + care, m0, stop, c.HEADS, c.BM)

@@ -25,8 +25,8 @@ class Constants:
         PARTS, FEWEST_PARTS: x is carried in so many parts, each the rounding of what those before it left, and in so
             many if the last does not matter: one, hi and lo, or hi, lo and rest. u has hi, and lo if x has it.
         MOST_CARE: the last passes over a tile are made with so much care at the most. 0: x in the fewest parts. 1: in
-            all parts. What ``tiles.with_row`` adds last comes with the most, so that 2 may differ from 1.
-        SPLIT_ALL: so are the weights of all rows, as hi and lo, not only of the hard ones.
+            all parts. What ``tiles.with_b0`` adds last comes with the most, so that 2 may differ from 1.
+        SPLIT_ALL: the weights of all rows are carried as hi and lo, not only those of the hard ones.
         HARD_BELOW: a row is hard by this measure, see ``tiles.is_hard``; 0: none is.
         LAST_ABOVE: the last part of x is used where it moves some kc.x by more than this.
         CORRECTED_BELOW: u is corrected once in a row where the b_ij keep less than this share of gamma's variance.

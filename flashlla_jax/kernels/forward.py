@@ -19,6 +19,7 @@ from flashlla_jax.kernels.tiles import (
     load_values,
     log_weights,
     logits,
+    moved,
     one_column,
     query_program,
     relative_queries,
@@ -28,7 +29,7 @@ from flashlla_jax.kernels.tiles import (
     store_rows,
     store_tile,
     weights,
-    with_row,
+    with_a0,
 )
 from flashlla_jax.kernels.visible import key_tile, load_intervals, visible_to_queries
 
@@ -150,10 +151,7 @@ def balanced(a0, chosen, rows, keys, solution, c: tl.constexpr):
     """
     a0_rest = tl.zeros((c.BM,), tl.float32)
     if some(chosen):
-        move = tl.where(chosen, 1.0 - mean_with(a0, rows, keys, solution, c), 0.0)
-        moved = a0 + move
-        a0_rest = move - (moved - a0)
-        a0 = moved
+        a0, a0_rest = moved(a0, tl.where(chosen, 1.0 - mean_with(a0, rows, keys, solution, c), 0.0))
     return a0, a0_rest
 
 
@@ -169,7 +167,7 @@ def output(rows, keys, solution, CARE: tl.constexpr, c: tl.constexpr):
             V = load_values(keys, n0, edge == 1, c)
             w = weights(rows, K, n0, keys, edge == 1, c)
             a = x_dot_k(solution, K, c.PARTS if CARE > 0 else c.FEWEST_PARTS, c)
-            pa = w * with_row(a, solution.a0[:, None], solution.a0_rest[:, None], CARE, c)
+            pa = w * with_a0(a, solution.a0[:, None], solution.a0_rest[:, None], CARE, c)
             hi = pa.to(V.dtype)
             acc = tl.dot(hi, V, acc=acc, input_precision=c.PRECISION)
             if c.SPLIT_ALL and CARE > 0:

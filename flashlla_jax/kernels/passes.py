@@ -136,7 +136,7 @@ class Problem(NamedTuple):
             solver, delta_eps = options.solver, options.delta_eps
         # the key kernel has the fewer spills with one pipeline for both
         few_edges = mask is None and taus is not None
-        rtol, hard_rtol = taus or (0.0, 0.0) if solver.rtol is None else (solver.rtol, solver.rtol)
+        rtol, hard_rtol = (taus or (0.0, 0.0)) if solver.rtol is None else (solver.rtol, solver.rtol)
         axes = [False] * 4 if mask is None else [n > 1 for n in mask.shape]
         return Constants(
             HEADS=heads,

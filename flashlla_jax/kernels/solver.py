@@ -16,6 +16,7 @@ import triton.language as tl
 
 from flashlla_jax.kernels.tiles import (
     as_operand,
+    as_two_operands,
     load_keys,
     one_column,
     rounded_product,
@@ -54,8 +55,7 @@ def direction(p, hard, dtype: tl.constexpr, HARD: tl.constexpr, c: tl.constexpr)
 @triton.jit
 def matvec(p, rows, keys, hard, HARD: tl.constexpr, c: tl.constexpr):
     """A p for every row of the tile, p a ``direction``. HARD: the weights of hard rows are hi + lo too."""
-    hi = as_operand(p, rows.Q.dtype, c.PRECISION)
-    lo = as_operand(p - hi.to(tl.float32), rows.Q.dtype, c.PRECISION)
+    hi, lo = as_two_operands(p, rows.Q.dtype, c.PRECISION)
     offset = tl.sum(p * rows.kbar, 1)
     acc = tl.zeros((c.BM, c.DP), tl.float32)
     sums = tl.zeros((c.BM, 16), tl.float32)

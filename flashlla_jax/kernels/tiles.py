@@ -316,26 +316,31 @@ def weights(rows, K, n0, keys, EDGE: tl.constexpr, c: tl.constexpr):
 
 
 @triton.jit
-def with_row(products, a0, a0_rest, CARE: tl.constexpr, c: tl.constexpr):
-    """a_ij, from a product and its row's numbers. What is small comes last, after the large parts have cancelled.
-
-    That is 1, if EXACT. Else it is a0_rest, with the most CARE.
-    """
-    a = products + a0
-    if c.EXACT:
-        a += 1.0
-    elif (CARE == c.MOST_CARE) and (c.BALANCED_ABOVE < float("inf")):
-        a += a0_rest
-    return a
-
-
-@triton.jit
 def with_b0(products, b0, b0_rest, CARE: tl.constexpr, c: tl.constexpr):
-    """b_ij, as ``with_row`` forms a_ij."""
+    """b_ij, from a product and its row's numbers. What is small comes last, after the large parts have cancelled.
+
+    That is b0_rest, with the most CARE.
+    """
     b = products + b0
     if (CARE == c.MOST_CARE) and (c.BALANCED_ABOVE < float("inf")):
         b += b0_rest
     return b
+
+
+@triton.jit
+def with_a0(products, a0, a0_rest, CARE: tl.constexpr, c: tl.constexpr):
+    """a_ij, as ``with_b0`` forms b_ij. EXACT: what comes last is 1."""
+    a = with_b0(products, a0, a0_rest, CARE, c)
+    if c.EXACT:
+        a += 1.0
+    return a
+
+
+@triton.jit
+def moved(number, move):
+    """The sum as two numbers, what rounding the first one left being the second. The move is the smaller."""
+    total = number + move
+    return total, move - (total - number)
 
 
 @triton.jit
@@ -393,6 +398,13 @@ def as_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
     else:
         x = x.to(dtype)
     return x
+
+
+@triton.jit
+def as_two_operands(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """hi and lo: x as an operand, and what its rounding left."""
+    hi = as_operand(x, dtype, PRECISION)
+    return hi, as_operand(x - hi.to(tl.float32), dtype, PRECISION)
 
 
 @triton.jit
