@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-Kind = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+from tests.cases import ALL_KINDS, Kind, sink
 
 
 def _long_ones(q: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -42,14 +40,8 @@ def _walk(q: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> tuple[np.nd
     return q, walk
 
 
-def _far_first(q: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    k = k.copy()
-    k[:, 0] += 8
-    return q + 0.5, k
-
-
 MORE: dict[str, Kind] = {
-    "length exp N(0, 1)": lambda q, k, rng: (q, k * np.exp(rng.normal(size=(*k.shape[:-1], 1)))),
+    "length exp N(0, 1)": ALL_KINDS["varied"],
     "features exp N(0, 1)": lambda q, k, rng: (q, k * np.exp(rng.normal(size=k.shape))),
     "Student t, q and k": lambda q, k, rng: (rng.standard_t(3, size=q.shape), rng.standard_t(3, size=k.shape)),
     "every 37th 6 times": _long_ones,
@@ -63,5 +55,5 @@ MORE: dict[str, Kind] = {
     "power law": _power_law,
     "autoregressive": _walk,
     "positive": lambda q, k, rng: (2 * np.maximum(q, 0), 2 * np.maximum(k, 0)),
-    "far first key": _far_first,
+    "far first key": sink(8),
 }

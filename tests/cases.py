@@ -114,14 +114,19 @@ def _varied(q: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> tuple[np.
     return q, k * np.exp(rng.normal(size=(*k.shape[:-1], 1)))
 
 
-def _sink(q: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The first key lies where all queries look, as in trained models."""
-    k = k.copy()
-    k[:, 0] += 3
-    return q + 0.5, k
-
-
 Kind = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+
+
+def sink(offset: float) -> Kind:
+    """The first key lies where all queries look, as in trained models."""
+
+    def make(q: np.ndarray, k: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        k = k.copy()
+        k[:, 0] += offset
+        return q + 0.5, k
+
+    return make
+
 
 KINDS: dict[str, Kind] = {
     "iid": _iid,
@@ -135,7 +140,7 @@ KINDS: dict[str, Kind] = {
 }
 
 # What the solves of a whole row are put through as well.
-ALL_KINDS = KINDS | {"varied": _varied, "sink": _sink}
+ALL_KINDS = KINDS | {"varied": _varied, "sink": sink(3)}
 
 
 def draw(shape: Shape, dtype: Any = jnp.float64, kind: str | Kind = "iid", seed: int = 0) -> Inputs:
